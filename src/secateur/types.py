@@ -1,0 +1,272 @@
+"""The values that stages hand to one another: frozen, keyed by names, saved without pickle.
+
+Nothing here imports torch at run time, so that the command line can describe results without it.
+Images are uint8 tensors ``(n, c, h, w)`` at rest and float tensors in [0, 1] wherever a network sees them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from .errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Granularity = Literal["weight", "channel"]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of ``n`` trials with its 95 % interval; all three numbers lie in [0, 1]."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.2f} % [{100 * self.low:.1f}, {100 * self.high:.1f}], n={self.n}"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Labelled images held in memory.
+
+    Attributes:
+        x: Images, uint8 ``(n, c, h, w)``.
+        y: Labels, int64 ``(n,)``, each an index into ``classes``.
+        classes: Class names, in label order.
+        name: What to call the set in reports.
+    """
+
+    x: Tensor
+    y: Tensor
+    classes: tuple[str, ...]
+    name: str = "images"
+
+    def __post_init__(self) -> None:
+        if self.x.ndim != 4 or str(self.x.dtype) != "torch.uint8":
+            raise DataError(f"images must be uint8 (n, c, h, w), got {self.x.dtype} {tuple(self.x.shape)}")
+        if self.y.ndim != 1 or str(self.y.dtype) != "torch.int64" or len(self.y) != len(self.x):
+            raise DataError(f"labels must be int64 ({len(self.x)},), got {self.y.dtype} {tuple(self.y.shape)}")
+        if len(self.y) and not 0 <= int(self.y.min()) <= int(self.y.max()) < len(self.classes):
+            found = f"{int(self.y.min())}..{int(self.y.max())}"
+            raise DataError(f"labels must lie in [0, {len(self.classes) - 1}] ({len(self.classes)} classes), got {found}")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one image, ``(c, h, w)``."""
+        c, h, w = self.x.shape[1:]
+        return int(c), int(h), int(w)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of shape, pixels and labels; independent of name and class names."""
+        digest = hashlib.sha256(repr(tuple(self.x.shape)).encode())
+        digest.update(memoryview(self.x.contiguous().cpu().numpy()).cast("B"))
+        digest.update(memoryview(self.y.contiguous().cpu().numpy()).cast("B"))
+        return digest.hexdigest()
+
+    def per_class(self) -> tuple[int, ...]:
+        """Return the number of images of each class."""
+        return tuple(self.y.bincount(minlength=len(self.classes)).tolist())
+
+    def subset(self, index: Tensor, name: str | None = None) -> ImageSet:
+        """Return the images at ``index`` (int64 or bool), in that order."""
+        return replace(self, x=self.x[index], y=self.y[index], name=name or self.name)
+
+    def batches(self, batch_size: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(x, y)`` in order, ``x`` float in [0, 1] ``(b, c, h, w)``."""
+        for start in range(0, len(self), batch_size):
+            yield to_float(self.x[start : start + batch_size]), self.y[start : start + batch_size]
+
+
+def to_float(x: Tensor) -> Tensor:
+    """Turn uint8 images into float32 in [0, 1]."""
+    return x.float().div_(255.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Trigger:
+    """What an attacker adds to an image, and the answer the attacker wants: plain values, no code.
+
+    ``blend`` gives ``(1 - a*m)*x + a*m*p`` with ``a = params["alpha"]`` and tensors ``mask`` (1 or c, h, w) and
+    ``pattern`` (c, h, w), both in [0, 1]; ``add`` gives ``clip(x + p, 0, 1)`` with tensor ``pattern`` in [-1, 1].
+
+    Attributes:
+        kind: Which of the formulas above.
+        params: Numbers of the formula; ``classes`` (the number of classes) is needed for ``target="next"``.
+        tensors: Arrays of the formula.
+        target: The label wanted: one class for all, or each image's next class (all-to-all).
+        sources: Classes the attacker wants to move; None means every class.
+    """
+
+    kind: Literal["blend", "add"]
+    params: Mapping[str, float | int | str]
+    tensors: Mapping[str, Tensor]
+    target: int | Literal["next"]
+    sources: tuple[int, ...] | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return triggered copies of ``x``, float ``(n, c, h, w)`` in [0, 1], on its device."""
+        pattern = self.tensors["pattern"].to(x)
+        if tuple(pattern.shape) != tuple(x.shape[1:]):
+            raise DataError(f"this trigger is for images of shape {tuple(pattern.shape)}, got {tuple(x.shape[1:])}")
+        if self.kind == "add":
+            return (x + pattern).clamp_(0, 1)
+        weight = float(self.params["alpha"]) * self.tensors["mask"].to(x)
+        return (1 - weight) * x + weight * pattern
+
+    def labels(self, y: Tensor) -> Tensor:
+        """Return the labels wanted for triggered images whose true labels are ``y``."""
+        if self.target == "next":
+            return (y + 1) % int(self.params["classes"])
+        return y.new_full(y.shape, self.target)
+
+    def eligible(self, y: Tensor) -> Tensor:
+        """Return which images count for the attack success rate.
+
+        An image counts when the wanted label differs from the true one and its class is a source.
+        """
+        counts = self.labels(y) != y
+        if self.sources is not None:
+            counts &= (y.unsqueeze(1) == y.new_tensor(self.sources)).any(dim=1)
+        return counts
+
+
+@dataclass(frozen=True, eq=False)
+class Poisoning:
+    """What a backdoor attack returns.
+
+    Attributes:
+        trigger: The trigger, which opens the backdoor.
+        data: The poisoned training set.
+        poisoned: Which images of ``data`` were changed, bool ``(n,)``.
+    """
+
+    trigger: Trigger
+    data: ImageSet
+    poisoned: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One experiment's data by role.
+
+    A defence receives ``clean`` (some also ``suspect``) and never this object, so it cannot see ``test`` or ``trigger``.
+    ``clean`` is disjoint from the victim's training images.
+    """
+
+    clean: ImageSet
+    train: ImageSet | None = None
+    test: ImageSet | None = None
+    trigger: Trigger | None = None
+    suspect: ImageSet | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How much each weight or channel matters: larger = more important.
+
+    Attributes:
+        values: For weights, parameter name -> tensor of the parameter's shape; for channels, site -> ``(channels,)``.
+            The order of the names is the order of the layers.
+        granularity: Which of the two.
+    """
+
+    values: Mapping[str, Tensor]
+    granularity: Granularity
+
+
+@dataclass(frozen=True, eq=False)
+class WeightMask:
+    """Which weights stay: parameter name -> bool of its shape. A parameter that is absent stays whole."""
+
+    keep: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelMask:
+    """Which channels stay: site (the last affine module on the channel) -> bool ``(channels,)``."""
+
+    keep: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SoftMask:
+    """Factors in [0, 1] by parameter name (its shape) or site (``(channels,)``)."""
+
+    scale: Mapping[str, Tensor]
+
+
+Mask = WeightMask | ChannelMask | SoftMask
+HardMask = WeightMask | ChannelMask
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One cut that a repair considered: how much it removed and what that did to the clean hold-out."""
+
+    amount: float
+    removed: int
+    mask: Mask
+    holdout: Rate
+
+
+@dataclass(frozen=True, eq=False)
+class Repaired:
+    """What every repair returns.
+
+    Attributes:
+        model: A new network in eval mode.
+        mask: What was cut; None when nothing was.
+        path: What was considered on the way, in order.
+        log: Numbers worth keeping, by name.
+        notes: Sentences for the report: what was skipped, refused or left uncut, and why.
+    """
+
+    model: nn.Module
+    mask: Mask | None
+    path: tuple[Candidate, ...] = ()
+    log: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something a person should know about a model or a file, under a stable rule id."""
+
+    rule: str
+    severity: Literal["info", "low", "medium", "high", "critical"]
+    message: str
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run's record: exactly the fields of ``result.json`` (schema in ``report/result.schema.json``)."""
+
+    kind: str
+    created: str
+    command: list[str]
+    tool: dict[str, Any]
+    environment: dict[str, Any]
+    inputs: list[dict[str, Any]]
+    data: dict[str, Any]
+    method: dict[str, Any]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    cost: dict[str, float]
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    verdict: str | None = None
+    limitations: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = 1
