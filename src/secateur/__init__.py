@@ -30,7 +30,7 @@ _HOMES = {
     "ImageSet": "types",
     "Task": "types",
 }
-__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted(_HOMES), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,71 @@
+"""The command line: the only code that prints or exits.
+
+Commands are imported when they are called, so ``--help`` and ``list`` start without torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from .. import __version__
+from ..errors import SecateurError
+from .console import complain
+
+COMMANDS = {
+    "demo": ("secateur.cli.demo:demo", "Watch a backdoored network being made, measured, cut, healed and proved."),
+    "repair": ("secateur.cli.repair:repair", "Repair a network with a little clean data."),
+    "train": ("secateur.cli.train:train", "Train a network, for instance a victim on poisoned images."),
+    "poison": ("secateur.cli.poison:poison", "Put a backdoor trigger into a training set."),
+    "report": ("secateur.cli.report:report", "Show a result again, as text, HTML, Markdown or JSON."),
+    "list": ("secateur.cli.listing:list_methods", "List the methods of one kind, or all settings of one method."),
+}
+EXIT_UNEXPECTED = 2
+EXIT_INTERRUPTED = 130
+
+
+def app() -> App:
+    """Build the command-line application."""
+    root = App(
+        name="secateur",
+        help="Audit, repair by pruning, compress and prove: for networks somebody else trained.",
+        version=f"secateur {__version__}",
+        help_format="plaintext",
+    )
+    for name, (target, text) in COMMANDS.items():
+        root.command(target, name=name, help=text, help_format="plaintext")
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: see ``docs/cli.md`` for the codes."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return its exit code."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = app()(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except SecateurError as error:
+        if debug:
+            raise
+        complain(str(error))
+        return error.exit_code
+    except CycloptsError as error:
+        if debug:
+            raise
+        complain(f"{str(error).strip().splitlines()[0]} (see secateur --help)")
+        return EXIT_UNEXPECTED
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        complain(f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)")
+        return EXIT_UNEXPECTED
+    return code if isinstance(code, int) else 0

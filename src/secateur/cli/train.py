@@ -1,0 +1,99 @@
+"""``secateur train``: train a network from the zoo, for instance a victim on poisoned images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError, MethodError, unknown
+from .console import progress, say
+from .files import run_folder, write_result
+from .options import ModelFlags, Output, RunFlags, Settings, assignments, fresh, numbers
+from .repair import show
+
+if TYPE_CHECKING:
+    from ..train import Recipe
+
+NO_MODEL_FLAGS = ModelFlags()
+NO_RUN_FLAGS = RunFlags()
+NOT_A_RECIPE = "width", "depth", "option"
+
+
+def train(
+    data: str,
+    /,
+    *,
+    output: Output = None,
+    set: Settings = None,
+    test: str | None = None,
+    trigger: Path | None = None,
+    checkpoint: Path | None = None,
+    limit: int | None = None,
+    model_flags: ModelFlags = NO_MODEL_FLAGS,
+    run_flags: RunFlags = NO_RUN_FLAGS,
+) -> int:
+    """Train a network from the zoo and write it as a bundle.
+
+    Args:
+        data: Training images: FILE.npz, FILE.npz:train, a folder of class folders, CIFAR files, Parquet.
+        output: Folder to write to (default: secateur-runs/...).
+        set: Part of the recipe (epochs=15, lr=0.1, schedule=cosine, augment=crop+flip ...) or of the architecture (width=8).
+        test: Labelled images to measure on; without them the training images are used, and the record says so.
+        trigger: Folder of a trigger: attack success is then measured as well.
+        checkpoint: File to resume from after a kill; written after every epoch.
+        limit: Use at most this many images.
+    """
+    folder = fresh(output, overwrite=run_flags.overwrite) if output else None
+    recipe, kwargs = _split(assignments(set))
+    if model_flags.arch is None or ":" in model_flags.arch:
+        raise MethodError("train needs --arch with a name of the zoo, e.g. --arch resnet20")
+    from .. import runs
+    from ..data import load_trigger
+    from ..models import save
+
+    device = run_flags.set_up()
+    images = model_flags.images(data, limit=limit)
+    if model_flags.classes is not None and model_flags.classes != len(images.classes):
+        raise DataError(f"--classes is {model_flags.classes}, the images have {len(images.classes)}")
+    with progress("training", show=run_flags.progress) as on_step:
+        model, result = runs.train(
+            images,
+            arch=model_flags.arch,
+            kwargs=kwargs,
+            recipe=recipe,
+            mean=numbers("mean", model_flags.mean),
+            std=numbers("std", model_flags.std),
+            test=model_flags.images(test) if test else None,
+            trigger=load_trigger(trigger) if trigger else None,
+            seed=run_flags.seed,
+            device=device,
+            checkpoint=checkpoint,
+            command=["secateur", *sys.argv[1:]],
+            on_step=on_step,
+        )
+    home = folder or run_folder("train", sys.argv[1:])
+    save(model, home if folder else home / "model", overwrite=True)
+    write_result(result, home)
+    show(result, json=run_flags.json)
+    if not run_flags.quiet:
+        say(f"written to {home}")
+    return 0
+
+
+def _split(given: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """Tell the recipe's settings from the architecture's."""
+    from dataclasses import fields
+
+    from ..train import Recipe
+
+    known = {field.name for field in fields(Recipe)}
+    kwargs = {name: given[name] for name in NOT_A_RECIPE if name in given}
+    recipe = {name: value for name, value in given.items() if name not in kwargs}
+    for name in recipe:
+        if name not in known:
+            raise MethodError(unknown("setting of train", name, [*known, *NOT_A_RECIPE]))
+    for name in ("augment", "milestones"):
+        if name in recipe:
+            recipe[name] = tuple(recipe[name].split("+")) if isinstance(recipe[name], str) else tuple(recipe[name])
+    return Recipe(**recipe), kwargs

@@ -1,0 +1,90 @@
+"""What a network costs: parameters, non-zeros, bytes, multiply-accumulates and time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..models import core
+from ..state import evaluating
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The size of a network and the work of one image.
+
+    Attributes:
+        parameters: Number of parameters.
+        nonzero: How many of them are not 0.
+        size_bytes: Bytes of all tensors in the state dict, as a dense file stores them.
+        macs: Multiply-accumulates of the convolutions and linear layers for one image.
+        latency_ms: Median time of a batch of one, in milliseconds; None when it was not measured.
+    """
+
+    parameters: int
+    nonzero: int
+    size_bytes: int
+    macs: int
+    latency_ms: float | None = None
+
+
+def cost(model: nn.Module, input_shape: tuple[int, int, int], *, repeats: int = 0) -> Cost:
+    """Measure what ``model`` costs.
+
+    Args:
+        model: Left as it was.
+        input_shape: Shape of one image, ``(c, h, w)``.
+        repeats: How often to time a batch of one; 0 leaves the time out.
+    """
+    net = core(model)
+    parameters = list(net.parameters())
+    return Cost(
+        parameters=sum(p.numel() for p in parameters),
+        nonzero=sum(int(p.count_nonzero()) for p in parameters),
+        size_bytes=sum(t.numel() * t.element_size() for t in net.state_dict().values()),
+        macs=_macs(model, input_shape),
+        latency_ms=_latency_ms(model, input_shape, repeats) if repeats else None,
+    )
+
+
+def _image(model: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.full((1, *input_shape), 0.5, device=device)
+
+
+def _macs(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    total = 0
+
+    def count(module: nn.Module, _: object, output: Tensor) -> None:
+        nonlocal total
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        positions = output.numel() // weight.shape[0]
+        total += positions * weight.numel()
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        with evaluating(model), torch.inference_mode():
+            model(_image(model, input_shape))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+def _latency_ms(model: nn.Module, input_shape: tuple[int, int, int], repeats: int) -> float:
+    image = _image(model, input_shape)
+    times = []
+    with evaluating(model), torch.inference_mode():
+        for _ in range(repeats + 2):
+            start = time.perf_counter()
+            model(image)
+            if image.is_cuda:
+                torch.cuda.synchronize()
+            times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[2:])

@@ -1,0 +1,36 @@
+"""Rates with their uncertainty, and the paired test that compares two networks on the same images."""
+
+from __future__ import annotations
+
+from scipy.stats import binomtest
+
+from ..errors import InconclusiveError
+from ..types import Rate
+
+
+def wilson(hits: int, n: int) -> Rate:
+    """Return ``hits / n`` with its Wilson 95 % interval.
+
+    Raises:
+        InconclusiveError: ``n`` is 0.
+
+    Source: Wilson, JASA 22 (1927).
+    """
+    if n == 0:
+        raise InconclusiveError("a rate needs at least one image, got 0")
+    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return Rate(hits / n, float(interval.low), float(interval.high), n)
+
+
+def paired_p(lost: int, gained: int) -> float:
+    """Return the one-sided p-value that more was lost than gained by chance (exact McNemar test).
+
+    Args:
+        lost: Images right before and wrong after.
+        gained: Images wrong before and right after.
+
+    Source: McNemar, Psychometrika 12 (1947).
+    """
+    if lost + gained == 0:
+        return 1.0
+    return float(binomtest(lost, lost + gained, alternative="greater").pvalue)

@@ -1,0 +1,165 @@
+"""THE tables: every method by kind and name.
+
+To add one, write one function in one file and one row here; the contract tests then demand test settings for it.
+Nothing here imports torch: targets are strings, and signatures are read from the source without running it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import MethodError, unknown
+
+Kind = Literal["backdoor", "evasion", "detector", "score", "repair", "compressor"]
+KINDS: tuple[Kind, ...] = ("backdoor", "evasion", "detector", "score", "repair", "compressor")
+ENTRY_POINTS = "secateur.methods"
+NOT_SETTINGS = frozenset({"generator", "on_step", "granularity"})
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row.
+
+    Attributes:
+        kind: What it returns decides (see ``docs/architecture.md``).
+        name: What users type.
+        target: ``module:function``.
+        version: Goes up whenever the same arguments give another result.
+        paper: Where it comes from.
+        quick: Settings with which the contract tests run it in a moment.
+        needs: ``suspect`` when it wants possibly poisoned data; such a method is never part of ``auto``.
+    """
+
+    kind: Kind
+    name: str
+    target: str
+    version: int
+    paper: str
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset()
+
+    def load(self) -> Callable[..., Any]:
+        """Import and return the function."""
+        module, _, function = self.target.partition(":")
+        return getattr(importlib.import_module(module), function)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One setting of a method as its source states it."""
+
+    name: str
+    annotation: str
+    default: str | None
+    help: str
+
+
+TABLE: tuple[Method, ...] = (
+    Method("backdoor", "badnets", "secateur.poison.badnets:badnets", 1, "arXiv:1708.06733", {"rate": 0.2}),
+    Method("backdoor", "blended", "secateur.poison.blended:blended", 1, "arXiv:1712.05526", {"rate": 0.2}),
+    Method("score", "l1", "secateur.prune.magnitude:l1", 1, "ICLR 2017, arXiv:1608.08710"),
+    Method("score", "l2", "secateur.prune.magnitude:l2", 1, "ICLR 2017, arXiv:1608.08710"),
+    Method("score", "random", "secateur.prune.magnitude:random", 1, "control"),
+    Method("repair", "fine-tuning", "secateur.repair.fine_tuning:fine_tuning", 1, "baseline", {"epochs": 1}),
+    Method(
+        "repair", "norm-pruning", "secateur.repair.norm_pruning:norm_pruning", 1, "IC3 2023, doi:10.1145/3607947.3608057",
+        {"fraction": 0.25, "epochs": 1},
+    ),
+)  # fmt: skip
+
+
+@cache
+def table(kind: Kind | None = None) -> tuple[Method, ...]:
+    """Return the rows of one kind, or all, with those that installed packages add under the entry point ``secateur.methods``.
+
+    Raises:
+        MethodError: Two rows of one kind have the same name.
+    """
+    rows = [*TABLE, *(point.load() for point in entry_points(group=ENTRY_POINTS))]
+    seen: dict[tuple[str, str], Method] = {}
+    for row in rows:
+        if (row.kind, row.name) in seen:
+            first = seen[row.kind, row.name]
+            raise MethodError(f"two {row.kind} methods are called '{row.name}': {first.target} and {row.target}; uninstall one")
+        seen[row.kind, row.name] = row
+    return tuple(row for row in seen.values() if kind is None or row.kind == kind)
+
+
+def get(kind: Kind, name: str) -> Method:
+    """Return the row of that kind and name.
+
+    Raises:
+        MethodError: There is none.
+    """
+    rows = {row.name: row for row in table(kind)}
+    if name not in rows:
+        raise MethodError(unknown(f"{kind} method", name, rows))
+    return rows[name]
+
+
+def parameters(method: Method) -> tuple[Parameter, ...]:
+    """Return a method's settings (its keyword-only parameters) from its source, without importing it."""
+    function = _definition(method.target)
+    described = _argument_docs(ast.get_docstring(function) or "")
+    found = []
+    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
+        if argument.arg not in NOT_SETTINGS or (argument.arg == "granularity" and method.kind == "repair"):
+            annotation = ast.unparse(argument.annotation) if argument.annotation else ""
+            text = None if default is None else ast.unparse(default)
+            found.append(Parameter(argument.arg, annotation, text, described.get(argument.arg, "")))
+    return tuple(found)
+
+
+def summary(method: Method) -> str:
+    """Return the first sentence of a method's docstring."""
+    return (ast.get_docstring(_definition(method.target)) or "").partition("\n")[0]
+
+
+def settings(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings of a method with their values: those given, and every default.
+
+    Raises:
+        MethodError: A name is not a setting of the method.
+    """
+    known = parameters(method)
+    for name in given:
+        if name not in {parameter.name for parameter in known}:
+            raise MethodError(unknown(f"setting of '{method.name}'", name, [p.name for p in known]))
+    defaults = {p.name: ast.literal_eval(p.default) for p in known if p.default is not None}
+    return {**defaults, **given}
+
+
+@cache
+def _definition(target: str) -> ast.FunctionDef:
+    module, _, name = target.partition(":")
+    top, _, rest = module.partition(".")
+    spec = find_spec(top)
+    if spec is None or spec.origin is None:
+        raise MethodError(f"cannot find the source of '{target}'")
+    path = Path(spec.origin).parent.joinpath(*rest.split(".")).with_suffix(".py") if rest else Path(spec.origin)
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return node
+    raise MethodError(f"cannot find the source of '{target}'")
+
+
+def _argument_docs(docstring: str) -> dict[str, str]:
+    """Return what the Args section of a Google docstring says of each argument."""
+    section = docstring.partition("\nArgs:\n")[2].partition("\n\n")[0]
+    found: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if line.startswith("    ") and not line.startswith("     "):
+            name, _, text = line.strip().partition(": ")
+            found[name] = text
+        elif name:
+            found[name] += " " + line.strip()
+    return found

@@ -1,0 +1,22 @@
+"""Architectures, the classifier around them and the bundle on disk."""
+
+from __future__ import annotations
+
+from .bundle import load_bundle, load_masks, save
+from .description import read_arch
+from .registry import ARCHITECTURES, Architecture, build, names, recognise
+from .wrapper import Classifier, core
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Classifier",
+    "build",
+    "core",
+    "load_bundle",
+    "load_masks",
+    "names",
+    "read_arch",
+    "recognise",
+    "save",
+]

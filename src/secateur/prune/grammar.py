@@ -1,0 +1,175 @@
+"""One sentence of the grammar of pruning: score, layers, scope, order, amount, edit, heal.
+
+Every pruning method of the project is a call of `prune` with its own score and arguments, or a function that returns a mask for
+`apply_and_heal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..errors import InconclusiveError, MethodError
+from ..measure import correct, paired_p, wilson
+from ..models.channels import trace_channels
+from ..train import OnStep, Recipe, train
+from ..types import Candidate, Granularity, HardMask, ImageSet, Repaired, Scores
+from .layers import choose_layers, layer_of_site
+from .mask import Edit, apply_mask, collapsed, parameter_masks, removed
+from .select import Amount, Fraction, Order, Ranking, Scope, Until, rank, restrict
+
+SIGNIFICANCE = 0.05
+
+
+class Score(Protocol):
+    """A score: larger = more important."""
+
+    def __call__(self, model: nn.Module, clean: ImageSet, *, granularity: Granularity, generator: torch.Generator) -> Scores:
+        """Return the scores of ``model``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What to cut, in the words of the grammar.
+
+    Attributes:
+        score: How much each weight or channel matters.
+        amount: How much to cut.
+        granularity: Cut single weights or whole channels.
+        layers: Where: a place (see `choose_layers`) or layer names.
+        scope: One ranking per layer, or one over all of them.
+        order: Which end goes first.
+        edit: What happens to a cut channel's site.
+    """
+
+    score: Score
+    amount: Amount
+    granularity: Granularity = "weight"
+    layers: str | Sequence[str] = "all"
+    scope: Scope = "layer"
+    order: Order = "smallest"
+    edit: Edit = "weight+bias"
+
+
+def prune(
+    model: nn.Module,
+    clean: ImageSet,
+    sentence: Sentence,
+    *,
+    heal: Recipe | None = None,
+    on_step: OnStep | None = None,
+    generator: torch.Generator,
+) -> Repaired:
+    """Score, select, apply and, if asked, fine-tune with the mask held.
+
+    `Until` is judged on all of ``clean``: the scores at hand use no images and the fine-tuning comes after, so nothing that was
+    fitted to these images is judged on them. (A score that reads images must be cross-fitted.)
+
+    Args:
+        model: Takes images in [0, 1]; not changed.
+        clean: Labelled clean images.
+        sentence: What to cut.
+        heal: Recipe of the fine-tuning on ``clean``; None leaves it out.
+        on_step: Progress of the fine-tuning.
+        generator: Source of all randomness.
+
+    Raises:
+        InconclusiveError: The clean images cannot resolve the accuracy drop that `Until` asks for.
+        MethodError: An argument is out of range, or the layers chosen hold nothing to cut.
+        ModelError: The network cannot be traced (channels only).
+    """
+    scores = _scores_in(model, clean, sentence, generator)
+    ranking = rank(scores, order=sentence.order, scope=sentence.scope)
+    path: tuple[Candidate, ...] = ()
+    if isinstance(sentence.amount, Until):
+        path, mask = cut_until(model, clean, ranking, sentence.amount, edit=sentence.edit)
+    else:
+        mask = ranking.cut(sentence.amount)
+    healed = apply_and_heal(model, clean, mask, edit=sentence.edit, heal=heal, on_step=on_step, generator=generator)
+    return Repaired(healed.model, mask, path or healed.path, healed.log, healed.notes)
+
+
+def _scores_in(model: nn.Module, clean: ImageSet, sentence: Sentence, generator: torch.Generator) -> Scores:
+    chosen = choose_layers(model, sentence.layers)
+    scores = sentence.score(model, clean, granularity=sentence.granularity, generator=generator)
+    if sentence.granularity == "weight":
+        layers = {name: name.rpartition(".")[0] for name in scores.values}
+    else:
+        layers = layer_of_site(trace_channels(model, clean.shape))
+    kept = restrict(scores, layers, chosen)
+    if not kept.values:
+        raise MethodError(
+            f"no {sentence.granularity}s can be cut in layers '{sentence.layers}': a filter of the last layer is a class; "
+            "cut weights there, or choose other layers"
+        )
+    return kept
+
+
+def cut_until(
+    model: nn.Module, clean: ImageSet, ranking: Ranking, until: Until, *, edit: Edit = "weight+bias"
+) -> tuple[tuple[Candidate, ...], HardMask]:
+    """Cut along a ranking until clean accuracy has fallen by ``until.drop``.
+
+    The scan stops at the first share at which the accuracy on ``clean`` is more than ``drop`` below that of ``model``;
+    the share before it is the answer. The crossing must be real: an exact McNemar test (one-sided, 5 %) must show more images
+    lost than gained, or the set is too small to tell such a drop from chance.
+
+    Returns:
+        The candidates in order, the one that crossed last, and the mask chosen.
+
+    Raises:
+        InconclusiveError: The crossing is not significant.
+    """
+    before = correct(model, clean)
+    chosen = ranking.cut(Fraction(0))
+    path: list[Candidate] = []
+    for share in _shares(until.step):
+        mask = ranking.cut(Fraction(share))
+        after = correct(apply_mask(model, mask, edit=edit), clean)
+        path.append(Candidate(share, sum(removed(mask).values()), mask, wilson(int(after.sum()), len(clean))))
+        lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
+        if lost - gained > until.drop * len(clean):
+            if paired_p(lost, gained) > SIGNIFICANCE:
+                raise InconclusiveError(
+                    f"a drop of {until.drop:g} cannot be resolved on {len(clean)} clean images: {lost} lost against "
+                    f"{gained} gained may be chance; give more images, a larger drop, or a fixed fraction"
+                )
+            break
+        chosen = mask
+    return tuple(path), chosen
+
+
+def _shares(step: float) -> Iterator[float]:
+    if not 0 < step <= 1:
+        raise MethodError(f"step must lie in (0, 1], got {step:g}")
+    return (i * step for i in range(1, int(1 / step + 1e-9) + 1))
+
+
+def apply_and_heal(
+    model: nn.Module,
+    clean: ImageSet,
+    mask: HardMask,
+    *,
+    edit: Edit = "weight+bias",
+    heal: Recipe | None,
+    on_step: OnStep | None = None,
+    generator: torch.Generator,
+) -> Repaired:
+    """Put a mask on a copy of ``model`` and, if asked, fine-tune it on ``clean`` with the mask held."""
+    repaired = apply_mask(model, mask, edit=edit).eval()
+    counts = removed(mask)
+    at_cut = wilson(int(correct(repaired, clean).sum()), len(clean))
+    size = sum(keep.numel() for keep in mask.keep.values())
+    share = sum(counts.values()) / max(size, 1)
+    log = {"removed": float(sum(counts.values())), "removed_share": share, "clean_accuracy_at_cut": at_cut.value}
+    if heal is not None and heal.epochs > 0:
+        hold = parameter_masks(model, mask, edit=edit)
+        repaired = train(repaired, clean, heal, hold=hold, on_step=on_step, generator=generator)
+    notes = tuple(f"layer collapse: nothing is left of '{name}'" for name in collapsed(mask))
+    candidate = Candidate(share, sum(counts.values()), mask, at_cut)
+    return Repaired(repaired, mask, (candidate,), log, notes)

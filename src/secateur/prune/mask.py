@@ -1,0 +1,102 @@
+"""Masks: what they mean for parameters, how they are put on, counted and carried over to a smaller network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, check_choice
+from ..models import core
+from ..types import ChannelMask, HardMask, Mask, SoftMask, WeightMask
+
+Edit = Literal["weight+bias", "weight"]
+
+
+def parameter_masks(model: nn.Module, mask: HardMask, *, edit: Edit = "weight+bias") -> dict[str, Tensor]:
+    """Say which entries of which parameters a mask keeps.
+
+    Args:
+        model: The network that the mask is for.
+        mask: A weight or channel mask.
+        edit: For channels, whether the site's weight and bias go to 0 (the channel is then silent), or the weight alone (as
+            several published codes do; the bias then still speaks).
+
+    Returns:
+        Parameter name -> bool of the parameter's shape; True = kept. Parameters that stay whole are absent.
+
+    Raises:
+        ModelError: A name or shape does not belong to this network.
+    """
+    check_choice("edit", edit, ("weight+bias", "weight"))
+    parameters = dict(core(model).named_parameters())
+    if isinstance(mask, WeightMask):
+        for name, keep in mask.keep.items():
+            _check(name, parameters.get(name), tuple(keep.shape))
+        return dict(mask.keep)
+    return _channel_parameters(parameters, mask, edit)
+
+
+def _channel_parameters(parameters: Mapping[str, Tensor], mask: ChannelMask, edit: Edit) -> dict[str, Tensor]:
+    masks: dict[str, Tensor] = {}
+    for site, keep in mask.keep.items():
+        weight = parameters.get(f"{site}.weight")
+        _check(f"{site}.weight", weight, (len(keep), *(weight.shape[1:] if weight is not None else ())))
+        for name in (f"{site}.weight", f"{site}.bias") if edit == "weight+bias" else (f"{site}.weight",):
+            if name in parameters:
+                parameter = parameters[name]
+                masks[name] = keep.reshape(-1, *[1] * (parameter.ndim - 1)).expand(parameter.shape)
+    return masks
+
+
+def _check(name: str, parameter: Tensor | None, shape: tuple[int, ...]) -> None:
+    if parameter is None:
+        raise ModelError(f"the mask names '{name}', which is not a parameter of this network")
+    if tuple(parameter.shape) != shape:
+        raise ModelError(f"the mask of '{name}' must have shape {tuple(parameter.shape)}, got {shape}")
+
+
+def apply_mask(model: nn.Module, mask: Mask, *, edit: Edit = "weight+bias") -> nn.Module:
+    """Return a copy of ``model`` with what the mask cuts set to 0 (or scaled, for a `SoftMask`)."""
+    copy = deepcopy(model)
+    parameters = dict(core(copy).named_parameters())
+    with torch.no_grad():
+        if isinstance(mask, SoftMask):
+            for name, factor in mask.scale.items():
+                _scale(parameters, name, factor)
+            return copy
+        for name, keep in parameter_masks(model, mask, edit=edit).items():
+            parameters[name].masked_fill_(~keep.to(parameters[name].device), 0)
+    return copy
+
+
+def _scale(parameters: Mapping[str, Tensor], name: str, factor: Tensor) -> None:
+    if name in parameters:
+        _check(name, parameters[name], tuple(factor.shape))
+        parameters[name].mul_(factor.to(parameters[name]))
+        return
+    weight = parameters.get(f"{name}.weight")
+    _check(f"{name}.weight", weight, (len(factor), *(weight.shape[1:] if weight is not None else ())))
+    for key in (f"{name}.weight", f"{name}.bias"):
+        if key in parameters:
+            parameter = parameters[key]
+            parameter.mul_(factor.to(parameter).reshape(-1, *[1] * (parameter.ndim - 1)))
+
+
+def removed(mask: HardMask) -> dict[str, int]:
+    """Return how many entries the mask cuts, by name."""
+    return {name: int((~keep).sum()) for name, keep in mask.keep.items()}
+
+
+def collapsed(mask: HardMask) -> tuple[str, ...]:
+    """Return the names of which the mask leaves nothing (layer collapse)."""
+    return tuple(name for name, keep in mask.keep.items() if not bool(keep.any()))
+
+
+def carry_over(mask: ChannelMask, kept: Mapping[str, Tensor]) -> ChannelMask:
+    """Return what is left of a mask in the network that `shrink` made with ``kept``, without sites that have nothing left."""
+    smaller = {name: keep[kept[name]] if name in kept else keep for name, keep in mask.keep.items()}
+    return ChannelMask({name: keep for name, keep in smaller.items() if not bool(keep.all())})

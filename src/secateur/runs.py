@@ -1,0 +1,321 @@
+"""Whole runs: measure before, repair, remove, measure after, and write it all down.
+
+The command line is a thin face over these functions; each returns a typed record that ``report`` renders.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .compress import Removal, remove_channels
+from .data import holdout
+from .errors import InconclusiveError, ModelError
+from .measure import Evaluation, cost, evaluate, predict
+from .methods import get, settings
+from .models import Classifier, build, core
+from .prune.layers import prunable_layers
+from .state import generator, seeded
+from .train import OnStep, Recipe
+from .train import train as fit
+from .types import ChannelMask, HardMask, ImageSet, Rate, Repaired, Result, Trigger
+
+HOLDOUT = 0.2
+NO_TRIGGER = (
+    "No trigger was given, so attack success was not measured: this run does not show whether a backdoor was there, or is gone."
+)
+ONE_SEED = "One repair with one seed: another seed gives other numbers."
+
+
+@dataclass(frozen=True, eq=False)
+class RepairRun:
+    """A finished repair.
+
+    Attributes:
+        model: The repaired network, without the channels that could be removed.
+        mask: What stays masked in it.
+        channels: Its channel plan: site -> original indices kept.
+        result: The record.
+        step: The entry for the bundle's list of steps.
+    """
+
+    model: Classifier
+    mask: HardMask | None
+    channels: Mapping[str, list[int]]
+    result: Result
+    step: Mapping[str, Any]
+
+
+def repair(
+    model: Classifier,
+    clean: ImageSet,
+    *,
+    method: str = "norm-pruning",
+    arguments: Mapping[str, Any] | None = None,
+    test: ImageSet | None = None,
+    trigger: Trigger | None = None,
+    seed: int = 0,
+    command: Sequence[str] = (),
+    inputs: Sequence[Mapping[str, Any]] = (),
+    on_step: OnStep | None = None,
+) -> RepairRun:
+    """Repair a network and measure it before and after.
+
+    The method sees the model and clean images, nothing else. Without ``test`` a fifth of ``clean`` is held out from it for
+    measuring, because accuracy on the images that healed a network says little.
+
+    Args:
+        model: The network; not changed.
+        clean: Labelled clean images.
+        method: Name of a repair (``secateur list repairs``).
+        arguments: Its settings; the rest are defaults.
+        test: Images to measure on.
+        trigger: Measured as well, when given; the method never sees it.
+        seed: Of all randomness.
+        command: The command line, for the record.
+        inputs: Files read, for the record.
+        on_step: Progress of fine-tuning.
+
+    Raises:
+        InconclusiveError: The network is no better than chance on the images.
+        MethodError: Unknown method or setting.
+        ModelError: The images do not fit the network.
+    """
+    row = get("repair", method)
+    chosen = settings(row, arguments or {})
+    random = generator(seed)
+    seen, measured = (clean, test) if test is not None else holdout(clean, HOLDOUT, generator=random)
+    check_fit(model, measured)
+    before = measure(model, measured, trigger)
+    check_better_than_chance(before, measured)
+    start = time.perf_counter()
+    repaired = row.load()(model, seen, **chosen, on_step=on_step, generator=random)
+    seconds = time.perf_counter() - start
+    removal, checks = _remove(repaired, measured)
+    final = removal.model if removal else repaired.model
+    mask = (removal.mask if removal.mask.keep else None) if removal else repaired.mask
+    step = {"method": row.name, "version": row.version, "args": chosen}
+    result = Result(
+        kind="repair",
+        created=now(),
+        command=list(command),
+        tool=tool(),
+        environment=environment(model),
+        inputs=[dict(entry) for entry in inputs],
+        data={"clean": _describe(seen), "test": _describe(measured)},
+        method={"name": row.name, "version": row.version, "args": chosen, "seed": seed},
+        before=before,
+        after=measure(final, measured, trigger),
+        cost={"seconds": seconds},
+        checks=checks,
+        limitations=_limitations(test, trigger, measured),
+        details=_details(model, repaired, removal),
+    )
+    channels = _compose(model.channels, removal.kept if removal else {})
+    return RepairRun(final, mask, channels, result, step)
+
+
+def new_network(
+    images: ImageSet,
+    arch: str,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    generator: torch.Generator,
+) -> Classifier:
+    """Build an untrained network of the zoo for these images; mean and std are those of the images by default."""
+    chosen = {**(kwargs or {}), "classes": len(images.classes), "in_channels": images.shape[0]}
+    with seeded(generator):
+        net = build(arch, **chosen)
+    pixels = images.x[:10_000].transpose(0, 1).flatten(1).double() / 255
+    return Classifier(
+        net,
+        classes=images.classes,
+        input_shape=images.shape,
+        mean=mean or pixels.mean(dim=1).tolist(),
+        std=std or pixels.std(dim=1).clamp_min(1e-3).tolist(),
+        arch={"name": arch, "kwargs": chosen},
+    )
+
+
+def train(
+    images: ImageSet,
+    *,
+    arch: str,
+    kwargs: Mapping[str, Any] | None = None,
+    recipe: Recipe,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    test: ImageSet | None = None,
+    trigger: Trigger | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    command: Sequence[str] = (),
+    on_step: OnStep | None = None,
+) -> tuple[Classifier, Result]:
+    """Train a network of the zoo and measure it before and after.
+
+    Args:
+        images: Training images.
+        arch: Name of the architecture (``secateur.models.names()``).
+        kwargs: Its arguments, besides the number of classes and channels.
+        recipe: How to train.
+        mean: Per channel; that of the images by default.
+        std: Likewise.
+        test: Images to measure on; the training images by default, which the record then says.
+        trigger: Measured as well, when given.
+        seed: Of all randomness.
+        device: Where to train.
+        checkpoint: File to resume from after a kill.
+        command: The command line, for the record.
+        on_step: Progress.
+    """
+    random = generator(seed)
+    untrained = new_network(images, arch, kwargs=kwargs, mean=mean, std=std, generator=random).to(device)
+    measured = test if test is not None else images
+    before = measure(untrained, measured, trigger)
+    start = time.perf_counter()
+    model = fit(untrained, images, recipe, generator=random, on_step=on_step, checkpoint=checkpoint)
+    seconds = time.perf_counter() - start
+    assert isinstance(model, Classifier)
+    limitations = ["One seed."]
+    if test is None:
+        limitations.append("No test images were given: accuracy is that on the training images, and optimistic.")
+    result = Result(
+        kind="train",
+        created=now(),
+        command=list(command),
+        tool=tool(),
+        environment=environment(model),
+        inputs=[],
+        data={"train": _describe(images), "test": _describe(measured)},
+        method={"name": arch, "version": 1, "args": {**asdict(recipe), **(kwargs or {})}, "seed": seed},
+        before=before,
+        after=measure(model, measured, trigger),
+        cost={"seconds": seconds},
+        limitations=limitations,
+    )
+    return model, result
+
+
+def measure(model: Classifier, data: ImageSet, trigger: Trigger | None) -> dict[str, Any]:
+    """Return the ``before`` or ``after`` part of a record."""
+    rates = evaluate(model, data, trigger=trigger)
+    numbers = {name: _rate(getattr(rates, name)) for name in Evaluation.__dataclass_fields__}
+    return {**numbers, "adversarial_accuracy": None, **asdict(cost(model, data.shape, repeats=10))}
+
+
+def check_fit(model: Classifier, data: ImageSet) -> None:
+    """Raise `ModelError` unless the images have the network's shape and number of classes."""
+    if data.shape != model.input_shape:
+        raise ModelError(f"the network takes images of shape {model.input_shape}, got {data.shape}; resize with --input-size")
+    if len(data.classes) != len(model.classes):
+        raise ModelError(f"the network has {len(model.classes)} classes, the images have {len(data.classes)}")
+
+
+def check_better_than_chance(before: Mapping[str, Any], data: ImageSet) -> None:
+    """Raise `InconclusiveError` when a network does no better than the commonest class would."""
+    commonest = max(data.per_class()) / len(data)
+    accuracy = before["accuracy"]
+    if accuracy["low"] <= commonest:
+        raise InconclusiveError(
+            f"accuracy on the given images is {100 * accuracy['value']:.1f} % (n={accuracy['n']}), no better than always "
+            f"answering the commonest class ({100 * commonest:.1f} %); check --mean, --std, the class order and the data"
+        )
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def tool() -> dict[str, Any]:
+    """Return name and version of this package."""
+    return {"name": "secateur", "version": __version__, "commit": None}
+
+
+def environment(model: torch.nn.Module) -> dict[str, Any]:
+    """Return what a number may depend on besides its arguments."""
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "platform": platform.machine(),
+    }
+
+
+def _rate(rate: Rate | None) -> dict[str, Any] | None:
+    return None if rate is None else asdict(rate)
+
+
+def _describe(images: ImageSet) -> dict[str, Any]:
+    return {"name": images.name, "n": len(images), "per_class": list(images.per_class()), "sha256": images.sha256}
+
+
+def _limitations(test: ImageSet | None, trigger: Trigger | None, measured: ImageSet) -> list[str]:
+    said = [ONE_SEED, "Robustness to adversarial examples was not measured."]
+    if test is None:
+        said.append(f"No test images were given: accuracy is that on {len(measured)} clean images held out from the repair.")
+    if trigger is None:
+        said.append(NO_TRIGGER)
+    else:
+        said.append("Only the given trigger was tested; other triggers may still work.")
+    return said
+
+
+def _remove(repaired: Repaired, data: ImageSet) -> tuple[Removal | None, list[dict[str, Any]]]:
+    """Take masked channels out and check that no answer changes."""
+    if not isinstance(repaired.mask, ChannelMask):
+        return None, []
+    start = time.perf_counter()
+    removal = remove_channels(repaired.model, repaired.mask, data.shape)
+    same = int((predict(repaired.model, data) == predict(removal.model, data)).sum())
+    check = {
+        "id": "masked-equals-removed",
+        "status": "ok" if same == len(data) else "finding",
+        "why": "the network without the pruned channels gives the same answers as the masked one",
+        "metrics": {"same": same / len(data), "n": len(data)},
+        "seconds": time.perf_counter() - start,
+    }
+    return removal, [check]
+
+
+def _details(model: Classifier, repaired: Repaired, removal: Removal | None) -> dict[str, Any]:
+    path = [{"amount": c.amount, "removed": c.removed, "holdout": _rate(c.holdout)} for c in repaired.path]
+    notes = [*repaired.notes, *(removal.notes if removal else ())]
+    return {"path": path, "layers": _layers(model, repaired), "log": dict(repaired.log), "notes": notes}
+
+
+def _layers(model: Classifier, repaired: Repaired) -> list[dict[str, Any]]:
+    """Return, for every prunable layer or masked site in the network's order, how much was cut."""
+    keep: dict[str, Tensor] = {}
+    if repaired.mask is not None and hasattr(repaired.mask, "keep"):
+        keep = {name.removesuffix(".weight"): mask for name, mask in repaired.mask.keep.items()}  # type: ignore[union-attr]
+    order = {name: i for i, (name, _) in enumerate(core(model).named_modules())}
+    names = set(keep) if isinstance(repaired.mask, ChannelMask) else {*keep, *prunable_layers(model)}
+    rows = []
+    for name in sorted(names, key=lambda n: order.get(n, len(order))):
+        total = keep[name].numel() if name in keep else core(model).get_submodule(name).weight.numel()  # type: ignore[union-attr]
+        rows.append({"name": name, "total": total, "removed": int((~keep[name]).sum()) if name in keep else 0})
+    return rows
+
+
+def _compose(before: Mapping[str, Sequence[int]], kept: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return a channel plan in the original network's indices for a network that was shrunk twice."""
+    plan = {site: list(index) for site, index in before.items()}
+    for site, index in kept.items():
+        plan[site] = [plan[site][i] for i in index.tolist()] if site in plan else index.tolist()
+    return plan

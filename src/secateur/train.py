@@ -1,0 +1,274 @@
+"""One training loop: it trains victims, fine-tunes repaired networks and serves every later method that trains.
+
+The network that comes in is not changed; a trained copy goes out. All randomness comes from the generator, so that a run
+killed after any epoch and resumed from its checkpoint ends with the same weights as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import augment
+from .errors import DataError, MethodError, ModelError, check_choice, check_range
+from .models import core
+from .state import seeded
+from .types import ImageSet, to_float
+
+BatchHook = Callable[[Tensor, Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
+OnStep = Callable[[int, int], None]
+OnEpoch = Callable[[int, float, nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        epochs: Passes over the data, >= 0.
+        batch_size: Images a step, >= 1; an epoch is cut into equal batches of at most this size.
+        optimizer: ``sgd`` (with momentum), ``adam`` or ``adamw``.
+        lr: Largest learning rate, > 0.
+        momentum: Of SGD, in [0, 1).
+        nesterov: Nesterov momentum for SGD.
+        weight_decay: L2 penalty, >= 0.
+        schedule: ``constant``, ``cosine`` (to 0), ``multistep`` (x0.1 at each milestone) or ``triangle`` (up, then down to 0).
+        milestones: For ``multistep``, as shares of all steps; for ``triangle``, the first is the peak.
+        label_smoothing: In [0, 1).
+        augment: Names of batched augmentations: ``crop``, ``flip``.
+        precision: ``float32``, or ``bfloat16`` autocast where the machine gains from it.
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: Literal["constant", "cosine", "multistep", "triangle"] = "cosine"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    label_smoothing: float = 0.0
+    augment: tuple[str, ...] = ()
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        check_range("epochs", self.epochs, 0, 100_000)
+        check_range("batch_size", self.batch_size, 1, 2**31)
+        check_range("lr", self.lr, 1e-12, 1e6)
+        check_range("momentum", self.momentum, 0, 1 - 1e-9)
+        check_range("weight_decay", self.weight_decay, 0, 1e3)
+        check_range("label_smoothing", self.label_smoothing, 0, 1 - 1e-9)
+        check_choice("optimizer", self.optimizer, ("sgd", "adam", "adamw"))
+        check_choice("schedule", self.schedule, ("constant", "cosine", "multistep", "triangle"))
+        check_choice("precision", self.precision, ("float32", "bfloat16"))
+
+    def factor(self, progress: float) -> float:
+        """Return the share of ``lr`` in force after ``progress`` in [0, 1] of all steps."""
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        if self.schedule == "multistep":
+            return 0.1 ** sum(progress >= milestone for milestone in self.milestones)
+        if self.schedule == "triangle":
+            peak = self.milestones[0]
+            return progress / peak if progress < peak else (1 - progress) / (1 - peak)
+        return 1.0
+
+
+@dataclass
+class _Run:
+    """What changes while training; exactly this is what a checkpoint stores."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    fingerprint: str
+    epoch: int = 0
+    loss: float = field(default=math.nan)
+
+    def save(self, path: Path) -> None:
+        state = {
+            "fingerprint": self.fingerprint,
+            "epoch": self.epoch,
+            "loss": self.loss,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        torch.save(state, temporary)
+        temporary.replace(path)
+
+    def resume(self, path: Path) -> None:
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            known = state["fingerprint"]
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError) as error:
+            raise ModelError(
+                f"cannot resume from '{path}': it is not a training checkpoint; delete it to start anew"
+            ) from error
+        if known != self.fingerprint:
+            raise ModelError(
+                f"cannot resume from '{path}': it belongs to another recipe, data set or seed; delete it to start anew"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.epoch, self.loss = state["epoch"], state["loss"]
+
+
+def train(
+    model: nn.Module,
+    data: ImageSet,
+    recipe: Recipe,
+    *,
+    generator: torch.Generator,
+    hold: Mapping[str, Tensor] | None = None,
+    batch_hook: BatchHook | None = None,
+    on_step: OnStep | None = None,
+    on_epoch: OnEpoch | None = None,
+    checkpoint: Path | None = None,
+) -> nn.Module:
+    """Return a trained copy of ``model``, in eval mode.
+
+    Args:
+        model: Takes images in [0, 1] and returns logits ``(b, classes)``; not changed.
+        data: Training images; moved to the model's device once.
+        recipe: How to train.
+        generator: Source of all randomness (order, augmentation, dropout).
+        hold: Parameter name (relative to the core network) -> bool of its shape. False entries are 0 after every step, in the
+            parameter and in the optimizer's averages, so that pruned weights stay pruned.
+        batch_hook: ``(x, y, step, generator) -> (x, y)``, applied to each augmented batch, ``x`` float in [0, 1].
+        on_step: Called with ``(step, steps)`` after each step.
+        on_epoch: Called with ``(epoch, mean loss, model)`` after each epoch, the model in train mode.
+        checkpoint: Where to write the state after each epoch; an existing file of the same run is resumed.
+
+    Raises:
+        DataError: There are no images.
+        ModelError: The loss is not finite, or the checkpoint belongs to another run.
+    """
+    if len(data) == 0:
+        raise DataError("training needs at least one image, got 0")
+    student = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    student.requires_grad_(True)
+    run = _Run(student, _optimizer(student, recipe), generator, "")
+    held = _held(student, hold)
+    if checkpoint is not None:
+        run.fingerprint = _fingerprint(model, data, recipe, hold or {}, generator)
+        if checkpoint.exists():
+            run.resume(checkpoint)
+    _release(run, held)
+    device = next(student.parameters()).device
+    images = ImageSet(data.x.to(device), data.y.to(device), data.classes, data.name)
+    while run.epoch < recipe.epochs:
+        with seeded(generator):
+            _epoch(run, images, recipe, held, batch_hook, on_step)
+        run.epoch += 1
+        if checkpoint is not None:
+            run.save(checkpoint)
+        if on_epoch is not None:
+            on_epoch(run.epoch, run.loss, student)
+    for before, after in zip(model.parameters(), student.parameters(), strict=True):
+        after.grad = None
+        after.requires_grad_(before.requires_grad)
+    return student.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+
+
+def _epoch(
+    run: _Run,
+    data: ImageSet,
+    recipe: Recipe,
+    held: list[tuple[nn.Parameter, Tensor]],
+    batch_hook: BatchHook | None,
+    on_step: OnStep | None,
+) -> None:
+    run.model.train()
+    batches = torch.randperm(len(data), generator=run.generator).tensor_split(math.ceil(len(data) / recipe.batch_size))
+    steps, total = len(batches), torch.zeros((), device=data.x.device)
+    for i, index in enumerate(batches):
+        step = run.epoch * steps + i
+        for group in run.optimizer.param_groups:
+            group["lr"] = recipe.lr * recipe.factor((step + 0.5) / (steps * recipe.epochs))
+        x, y = data.x[index.to(data.x.device)], data.y[index.to(data.y.device)]
+        x = to_float(augment(x, recipe.augment, generator=run.generator))
+        if batch_hook is not None:
+            x, y = batch_hook(x, y, step, run.generator)
+        total += _step(run, recipe, x.contiguous(memory_format=torch.channels_last), y)
+        _release(run, held)
+        if on_step is not None:
+            on_step(step + 1, steps * recipe.epochs)
+    run.loss = float(total) / steps
+    if not math.isfinite(run.loss):
+        raise ModelError(
+            f"training diverged: the loss is {run.loss} in epoch {run.epoch + 1}; use a smaller lr than {recipe.lr:g}"
+        )
+
+
+def _step(run: _Run, recipe: Recipe, x: Tensor, y: Tensor) -> Tensor:
+    run.optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        logits = run.model(x)
+    loss = F.cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
+    loss.backward()
+    run.optimizer.step()
+    return loss.detach()
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov and recipe.momentum > 0,
+            weight_decay=recipe.weight_decay,
+        )
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+
+
+def _held(model: nn.Module, hold: Mapping[str, Tensor] | None) -> list[tuple[nn.Parameter, Tensor]]:
+    parameters = dict(core(model).named_parameters())
+    pairs = []
+    for name, keep in (hold or {}).items():
+        if name not in parameters:
+            raise MethodError(f"the mask to hold names '{name}', which is not a parameter of this network")
+        parameter = parameters[name]
+        if keep.shape != parameter.shape:
+            raise MethodError(f"the mask of '{name}' must have shape {tuple(parameter.shape)}, got {tuple(keep.shape)}")
+        pairs.append((parameter, ~keep.to(parameter.device)))
+    return pairs
+
+
+@torch.no_grad()
+def _release(run: _Run, held: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Put held weights, and what the optimizer remembers of them, back to 0."""
+    for parameter, gone in held:
+        parameter.masked_fill_(gone, 0)
+        for memory in run.optimizer.state.get(parameter, {}).values():
+            if isinstance(memory, Tensor) and memory.shape == parameter.shape:
+                memory.masked_fill_(gone, 0)
+
+
+def _fingerprint(
+    model: nn.Module, data: ImageSet, recipe: Recipe, hold: Mapping[str, Tensor], generator: torch.Generator
+) -> str:
+    digest = hashlib.sha256(repr(sorted(asdict(recipe).items())).encode())
+    digest.update(data.sha256.encode())
+    digest.update(generator.get_state().numpy().tobytes())
+    for name, tensor in [*model.state_dict().items(), *hold.items()]:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
