@@ -5,6 +5,8 @@ The command line is a thin face over these functions; each returns a typed recor
 
 from __future__ import annotations
 
+import base64
+import io
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from . import __version__
@@ -27,7 +30,7 @@ from .prune.layers import prunable_layers
 from .state import generator, seeded
 from .train import OnStep, Recipe
 from .train import train as fit
-from .types import ChannelMask, HardMask, ImageSet, Rate, Repaired, Result, Trigger
+from .types import ChannelMask, HardMask, ImageSet, Rate, Repaired, Result, Trigger, to_float
 
 HOLDOUT = 0.2
 NO_TRIGGER = (
@@ -255,6 +258,26 @@ def environment(model: torch.nn.Module) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": platform.machine(),
     }
+
+
+def picture(trigger: Trigger, data: ImageSet) -> dict[str, Any]:
+    """Return one eligible image without and with the trigger, as PNG ``data:`` URIs for the report."""
+    first = int(trigger.eligible(data.y).nonzero()[0])
+    clean = to_float(data.x[first : first + 1])
+    return {
+        "kind": trigger.kind,
+        "target": trigger.target,
+        "sources": list(trigger.sources) if trigger.sources is not None else None,
+        "clean_png": _png(clean[0]),
+        "triggered_png": _png(trigger.apply(clean)[0]),
+    }
+
+
+def _png(image: Tensor) -> str:
+    pixels = image.mul(255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _rate(rate: Rate | None) -> dict[str, Any] | None:

@@ -158,9 +158,9 @@ def nearest(keys: Iterable[str]) -> str:
     """Return the architecture whose state dict shares the largest part of its names with ``keys``."""
     wanted = set(keys)
 
-    def overlap(name: str) -> float:
+    def overlap(name: str) -> tuple[float, bool]:
         own = set(shapes_of(skeleton(name, {}).state_dict()))
-        return len(own & wanted) / len(own | wanted)
+        return len(own & wanted) / len(own | wanted), bool(ARCHITECTURES[name].fixed)
 
     return max(ARCHITECTURES, key=overlap)
 

@@ -1,0 +1,100 @@
+"""A record as one HTML page that opens from a file, asks the network for nothing and trusts no string in the record."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from . import svg
+from .sections import Bar, Span, method_line, sections, shorten
+from .wording import headline, plain
+
+MAX_BYTES = 2_000_000
+MAX_PICTURE = 600_000
+SORTABLE = frozenset({"checks", "findings", "compared", "path", "layers"})
+LIMITS = ({"rows": 1000, "length": 1000}, {"rows": 10, "length": 100})
+PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+=*")
+
+
+def to_html(result: Mapping[str, Any]) -> str:
+    """Return a record as one page of at most `MAX_BYTES`; a longer one is cut short and says so."""
+    page = ""
+    for limits in LIMITS:
+        page = _page(result, limits)
+        if len(page.encode()) <= MAX_BYTES:
+            break
+    return page
+
+
+def _page(result: Mapping[str, Any], limits: Mapping[str, int]) -> str:
+    return _template().render(
+        headline=headline(result),
+        kind=result["kind"],
+        created=plain(result["created"])[:40],
+        tool=plain(f"{result['tool']['name']} {result['tool']['version']}")[:80],
+        method=method_line(result)[:200],
+        sections=[shorten(section, **limits) for section in sections(result)],
+        sortable=SORTABLE,
+        curve=_curve(result["details"]),
+        pictures=_pictures(result["details"].get("trigger")),
+        style=_asset("style.css"),
+        script=_asset("script.js"),
+        style_hash=_hash("style.css"),
+        script_hash=_hash("script.js"),
+    )
+
+
+@cache
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(draw=_draw, typeset=_typeset)
+    return environment.get_template("template.html.jinja")
+
+
+def _asset(name: str) -> Markup:
+    return Markup(files(__package__).joinpath(name).read_text("utf-8"))
+
+
+def _hash(name: str) -> str:
+    """Return the source expression with which the page's policy allows this one style sheet or script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(_asset(name).encode()).digest()).decode()
+
+
+def _draw(figure: Bar | Span | None) -> Markup:
+    if figure is None:
+        return Markup("")
+    return svg.bar(figure) if isinstance(figure, Bar) else svg.span(figure)
+
+
+def _typeset(text: str) -> str:
+    """Return ``text`` with real minus signs before numbers, and percent signs that stay on their line."""
+    text = re.sub(r"(?<![\w-])-(?=\d)", "\N{MINUS SIGN}", text)
+    return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
+
+
+def _curve(details: Mapping[str, Any]) -> Markup | None:
+    path = details.get("path", ())
+    removed = sum(layer["removed"] for layer in details.get("layers", ()))
+    return svg.curve(path, removed) if len(path) > 1 else None
+
+
+def _pictures(trigger: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Return caption and source of each picture that is one."""
+    if trigger is None:
+        return []
+    pairs = (("without the trigger", trigger["clean_png"]), ("with the trigger", trigger["triggered_png"]))
+    return [(caption, source) for caption, source in pairs if len(source) <= MAX_PICTURE and PNG.fullmatch(source)]

@@ -1,0 +1,312 @@
+"""A record cut into titled sections of text and tables, which every rendering lays out in its own way."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from . import wording
+from .wording import Rate, clip, number, plain, rate, setting
+
+Record = Mapping[str, Any]
+
+RATES = {
+    "accuracy": "Accuracy",
+    "attack_success": "Attack success",
+    "triggered_accuracy": "Triggered accuracy",
+    "adversarial_accuracy": "Adversarial accuracy",
+}
+COUNTS = {"parameters": "Parameters", "nonzero": "Non-zero parameters"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table: its text, the exact value where the text rounds it, and what to sort by."""
+
+    text: str
+    exact: str = ""
+    key: float | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The share of a layer that was removed, to be drawn."""
+
+    share: float
+
+
+@dataclass(frozen=True)
+class Span:
+    """A rate before and after, to be drawn with its intervals."""
+
+    before: Rate | None
+    after: Rate | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a head.
+
+    Attributes:
+        head: One title per column.
+        rows: The first cell of each names the row.
+        caption: What the table shows, where a section has several.
+        figures: One drawing per row, for renderings that draw; or none.
+        figure: Title of that column.
+    """
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str = ""
+    figures: tuple[Bar | Span | None, ...] = ()
+    figure: str = ""
+
+    def numeric(self, column: int) -> bool:
+        """Return whether a column holds numbers."""
+        return any(row[column].key is not None for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled part of a report.
+
+    Attributes:
+        id: Stable name.
+        title: Its heading.
+        lines: Sentences.
+        tables: Below the sentences.
+        code: What to type, verbatim.
+    """
+
+    id: str
+    title: str
+    lines: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    code: str = ""
+
+
+def sections(result: Record) -> tuple[Section, ...]:
+    """Return the sections of a record in reading order, without those that would be empty."""
+    details = result["details"]
+    parts = (
+        _checks(result["checks"]),
+        _findings(result["findings"]),
+        _outcome(result["before"], result["after"]),
+        _compared(result["before"], details.get("compared", ())),
+        _path(details.get("path", ())),
+        _layers(details.get("layers", ())),
+        _trigger(details.get("trigger")),
+        Section("notes", "Notes", tuple(map(plain, details.get("notes", ())))),
+        _limits(result["limitations"]),
+        _reproduce(result),
+    )
+    return tuple(part for part in parts if part.lines or part.code or any(table.rows for table in part.tables))
+
+
+def method_line(result: Record) -> str:
+    """Return which method ran, with its seed and its time."""
+    method = result["method"]
+    seed = "" if method["seed"] is None else f", seed {method['seed']}"
+    return f"{plain(method['name'])} (version {method['version']}{seed}), {wording.seconds(result['cost']['seconds'])}"
+
+
+def shorten(section: Section, *, rows: int, length: int) -> Section:
+    """Return a section with at most ``rows`` rows per list and ``length`` characters per text, saying what was left out."""
+    left = [len(section.lines) - rows, *(len(table.rows) - rows for table in section.tables)]
+    more = [f"{n:,} more in result.json." for n in left if n > 0]
+    return replace(
+        section,
+        lines=(*(clip(line, length) for line in section.lines[:rows]), *more),
+        tables=tuple(_shorten_table(table, rows, length) for table in section.tables),
+        code=clip(section.code, 4 * length),
+    )
+
+
+def _shorten_table(table: Table, rows: int, length: int) -> Table:
+    short = (
+        tuple(replace(cell, text=clip(cell.text, length), exact=clip(cell.exact, length)) for cell in row)
+        for row in table.rows[:rows]
+    )
+    return replace(table, rows=tuple(short), figures=table.figures[:rows])
+
+
+def _text(text: str) -> Cell:
+    return Cell(plain(text))
+
+
+def _number(value: float) -> Cell:
+    return Cell(number(value), key=value)
+
+
+def _rate(value: Rate | None) -> Cell:
+    return Cell(rate(value), "" if value is None else f"n = {value['n']:,}", None if value is None else value["value"])
+
+
+def _scaled(value: int, unit: str, name: str) -> Cell:
+    return Cell(wording.human(value, unit), f"{value:,} {name}", value)
+
+
+def _latency(value: float | None) -> Cell:
+    return Cell(wording.NOT_MEASURED if value is None else f"{value:.3g} ms", key=value)
+
+
+def _pairs(pairs: Mapping[str, str], head: tuple[str, str], caption: str) -> Table:
+    return Table(head, tuple((_text(name), Cell(value)) for name, value in pairs.items()), caption)
+
+
+def _outcome(before: Record, after: Record) -> Section:
+    head = ("Measure", "Before", "After", "Change", "n")
+    if not before and not after:
+        return Section("outcome", "Before and after")
+    rows = [_rate_row(label, before.get(name), after.get(name)) for name, label in RATES.items()]
+    figures: tuple[Span | None, ...] = tuple(_span(before.get(name), after.get(name)) for name in RATES)
+    rows += [_cost_row(label, before, after, name, _number) for name, label in COUNTS.items()]
+    rows.append(_cost_row("Size", before, after, "size_bytes", lambda value: _scaled(value, "B", "bytes")))
+    rows.append(_cost_row("Multiply-accumulates", before, after, "macs", lambda value: _scaled(value, "", "for one image")))
+    rows.append(_cost_row("Time per image", before, after, "latency_ms", _latency))
+    figures += (None,) * (len(rows) - len(figures))
+    return Section("outcome", "Before and after", tables=(Table(head, tuple(rows), "", figures, "0 to 100 %"),))
+
+
+def _span(before: Rate | None, after: Rate | None) -> Span | None:
+    return None if before is None and after is None else Span(before, after)
+
+
+def _rate_row(label: str, before: Rate | None, after: Rate | None) -> tuple[Cell, ...]:
+    counted = sorted({value["n"] for value in (before, after) if value is not None})
+    n = Cell(" / ".join(f"{n:,}" for n in counted), key=max(counted, default=0))
+    change = None if before is None or after is None else after["value"] - before["value"]
+    return (Cell(label), _rate(before), _rate(after), Cell(wording.points(before, after), key=change), n)
+
+
+def _cost_row(label: str, before: Record, after: Record, name: str, show: Any) -> tuple[Cell, ...]:
+    old, new = before.get(name), after.get(name)
+    cells = (Cell(wording.NOT_MEASURED) if value is None else show(value) for value in (old, new))
+    return (Cell(label), *cells, Cell(wording.relative(old, new)), Cell(""))
+
+
+def _checks(checks: Sequence[Record]) -> Section:
+    head = ("Check", "Status", "What it says", "Numbers", "Seconds")
+    rows = tuple(
+        (
+            _text(check["id"]),
+            Cell(check["status"]),
+            _text(check["why"]),
+            Cell(", ".join(f"{plain(name)} {number(value)}" for name, value in check["metrics"].items())),
+            _number(round(check["seconds"], 2)),
+        )
+        for check in checks
+    )
+    return Section("checks", "Checks and gates", tables=(Table(head, rows),))
+
+
+def _findings(findings: Sequence[Record]) -> Section:
+    rows = tuple(
+        (_text(f["rule"]), Cell(f["severity"]), _text(f["message"]), _text(f["where"]))
+        for f in findings
+    )
+    return Section("findings", "Findings", tables=(Table(("Rule", "Severity", "Message", "Where"), rows),))
+
+
+def _compared(before: Record, compared: Sequence[Record]) -> Section:
+    head = ("Repair", "Accuracy", "Attack success", "Parameters", "Seconds", "Note")
+    rows = [
+        (*_compared_cells(row["name"], row["after"]), _number(round(row["seconds"], 1)), _text(row["note"]))
+        for row in compared
+    ]
+    if rows and before:
+        rows.insert(0, (*_compared_cells("before repair", before), Cell(""), Cell("")))
+    return Section("compared", "Repairs side by side", tables=(Table(head, tuple(rows)),))
+
+
+def _compared_cells(name: str, measured: Record) -> tuple[Cell, ...]:
+    return (_text(name), _rate(measured["accuracy"]), _rate(measured["attack_success"]), _number(measured["parameters"]))
+
+
+def _path(path: Sequence[Record]) -> Section:
+    head = ("Share cut", "Removed", "Accuracy on the hold-out", "n")
+    rows = tuple(
+        (
+            Cell(wording.percent(step["amount"]), key=step["amount"]),
+            _number(step["removed"]),
+            _rate(step["holdout"]),
+            _number(step["holdout"]["n"]),
+        )
+        for step in path
+    )
+    return Section("path", "Accuracy against share removed", tables=(Table(head, rows),))
+
+
+def _layers(layers: Sequence[Record]) -> Section:
+    shares = [min(layer["removed"] / layer["total"], 1.0) if layer["total"] else 0.0 for layer in layers]
+    rows = tuple(
+        (
+            _text(layer["name"]),
+            _number(layer["removed"]),
+            _number(layer["total"]),
+            Cell(wording.percent(share), key=share),
+        )
+        for layer, share in zip(layers, shares, strict=True)
+    )
+    head = ("Layer", "Removed", "Of", "Share")
+    return Section("layers", "Where it was cut", tables=(Table(head, rows, "", tuple(map(Bar, shares)), "0 to 100 %"),))
+
+
+def _trigger(trigger: Record | None) -> Section:
+    if trigger is None:
+        return Section("trigger", "The trigger")
+    sources = "every class" if trigger["sources"] is None else f"classes {setting(trigger['sources'])}"
+    target = "the next class" if trigger["target"] == "next" else f"class {trigger['target']}"
+    return Section("trigger", "The trigger", (f"Kind {plain(trigger['kind'])}: moves {sources} to {target}.",))
+
+
+def _limits(limitations: Sequence[str]) -> Section:
+    nothing = "This record lists nothing; that does not mean that everything was tested."
+    return Section("limits", "What was not tested", tuple(map(plain, limitations)) or (nothing,))
+
+
+def _reproduce(result: Record) -> Section:
+    method, log = result["method"], result["details"].get("log", {})
+    arguments = {"seed": setting(method["seed"]), **{name: setting(value) for name, value in method["args"].items()}}
+    tables = (
+        _pairs(arguments, ("Argument", "Value"), f"Method: {plain(method['name'])}, version {method['version']}"),
+        _pairs({name: number(value) for name, value in log.items()}, ("Name", "Number"), "Numbers the method kept"),
+        _data(result["data"]),
+        _inputs(result["inputs"]),
+        _pairs(_environment(result), ("Name", "Value"), "Environment"),
+    )
+    lines = () if result["command"] else ("Called from Python: no command line was recorded.",)
+    kept = tuple(table for table in tables if table.rows)
+    return Section("reproduce", "How to reproduce", lines, kept, plain(shlex.join(result["command"])))
+
+
+def _data(data: Mapping[str, Record]) -> Table:
+    rows = tuple(
+        (
+            _text(role),
+            _text(images["name"]),
+            _number(images["n"]),
+            Cell(wording.per_class(images["per_class"])),
+            _text(images["sha256"]),
+        )
+        for role, images in data.items()
+    )
+    return Table(("Role", "Images", "n", "Per class", "SHA-256"), rows, "Data")
+
+
+def _inputs(inputs: Sequence[Record]) -> Table:
+    rows = tuple(
+        (_text(entry["path"]), Cell("; ".join(f"{plain(k)}: {setting(v)}" for k, v in entry.items() if k != "path")))
+        for entry in inputs
+    )
+    return Table(("File", "What is known of it"), rows, "Files read")
+
+
+def _environment(result: Record) -> dict[str, str]:
+    tool = result["tool"]
+    written = {"secateur": tool["version"], "commit": tool["commit"], "created": result["created"]}
+    pairs = {**written, **result["environment"], **result["cost"]}
+    return {name: setting(value) for name, value in pairs.items() if value is not None}
+

@@ -1,0 +1,184 @@
+"""Records to render: realistic ones, their variants and hostile ones."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import struct
+import zlib
+from typing import Any
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(2)>',
+    "</script></style></title><script>alert(3)</script>",
+    "javascript:alert(4)",
+    "' onmouseover='alert(5)",
+    "{{ 7 * 7 }} {% raw %}",
+    "[link](https://example.org) ![img](http://example.org/x.png) | cell",
+    "\x1b[31mred\x1b[0m\r\nnew line \u202egnol",
+    "\ud800 lone surrogate",
+)
+
+
+def rate(value: float, n: int = 2000) -> dict[str, Any]:
+    margin = 2 * (value * (1 - value) / n) ** 0.5 + 2 / n
+    return {"value": value, "low": max(value - margin, 0.0), "high": min(value + margin, 1.0), "n": n}
+
+
+def png(width: int = 144, height: int = 36, patch: bool = False) -> str:
+    """Return a small striped picture as a data: URI, with a white corner when ``patch``."""
+    rows = bytearray()
+    for y in range(height):
+        rows.append(0)
+        for x in range(width):
+            lit = patch and y >= height - 8 and x % 36 >= 28
+            rows += b"\xff\xff\xff" if lit else bytes(((x * 5) % 200, (y * 6) % 180, 90 + (x // 36) * 30))
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(rows))), (b"IEND", b"")]
+    chunks = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts)
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).decode()
+
+
+def measured(accuracy: float, attack: float | None, triggered: float | None, parameters: int) -> dict[str, Any]:
+    return {
+        "accuracy": rate(accuracy),
+        "attack_success": None if attack is None else rate(attack, 1800),
+        "triggered_accuracy": None if triggered is None else rate(triggered, 1800),
+        "adversarial_accuracy": None,
+        "parameters": parameters,
+        "nonzero": parameters - 1203,
+        "size_bytes": parameters * 4 + 5120,
+        "macs": parameters * 151,
+        "latency_ms": 1.8374,
+    }
+
+
+def layers() -> list[dict[str, Any]]:
+    found = [{"name": "bn1", "total": 16, "removed": 0}]
+    for stage, width in enumerate((16, 32, 64), start=1):
+        for block in range(3):
+            cut = round(width * (0, 0.1, 0.2, 0.35, 0.5, 0.6)[stage - 1 + block])
+            found.append({"name": f"layer{stage}.{block}.bn1", "total": width, "removed": cut})
+            found.append({"name": f"layer{stage}.{block}.bn2", "total": width, "removed": cut // 2})
+    return found
+
+
+def record() -> dict[str, Any]:
+    """Return the record of one repair as ``runs.repair`` builds it, with everything a record can hold."""
+    found = layers()
+    cut = sum(layer["removed"] for layer in found)
+    path = [(0.05, 0.9117), (0.1, 0.911), (0.15, 0.9088), (0.2, 0.9092), (0.25, 0.9051), (0.3, 0.8993), (0.35, 0.894)]
+    steps = [
+        {"amount": a, "removed": cut if a == 0.3 else round(cut * a / 0.3), "holdout": rate(v, 1000)} for a, v in path
+    ]
+    steps.append({"amount": 0.4, "removed": round(cut * 4 / 3), "holdout": rate(0.8524, 1000)})
+    return {
+        "kind": "repair",
+        "created": "2026-03-01T12:00:00+00:00",
+        "command": ["secateur", "repair", "victim", "--data", "my images.npz", "--set", "drop=0.02", "-o", "out"],
+        "tool": {"name": "secateur", "version": "0.1.0", "commit": None},
+        "environment": {"python": "3.11.7", "torch": "2.10.0", "device": "cpu", "threads": 1, "platform": "x86_64"},
+        "inputs": [{"path": "victim/model.safetensors", "sha256": "ab" * 32, "format": "bundle", "suspicious_globals": []}],
+        "data": {
+            "clean": {"name": "fashion-mini:clean", "n": 1000, "per_class": [100] * 10, "sha256": "0f" * 32},
+            "test": {"name": "fashion-mini:test", "n": 2000, "per_class": [200] * 9 + [199], "sha256": "1e" * 32},
+        },
+        "method": {
+            "name": "norm-pruning",
+            "version": 1,
+            "args": {"norm": "l1", "granularity": "channel", "layers": "late", "fraction": None, "drop": 0.02, "epochs": 10, "lr": 0.02},
+            "seed": 0,
+        },
+        "before": measured(0.9132, 0.9978, 0.0022, 175_290),
+        "after": measured(0.9071, 0.0122, 0.8876, 101_458),
+        "cost": {"seconds": 12.345},
+        "checks": [
+            {
+                "id": "masked-equals-removed",
+                "status": "ok",
+                "why": "the network without the pruned channels gives the same answers as the masked one",
+                "metrics": {"same": 1.0, "n": 2000},
+                "seconds": 0.421,
+            },
+            {"id": "max-asr", "status": "finding", "why": "attack success must be at most 1 %", "metrics": {"high": 0.0187}, "seconds": 0.0},
+        ],
+        "findings": [],
+        "verdict": None,
+        "limitations": [
+            "One repair with one seed: another seed gives other numbers.",
+            "Robustness to adversarial examples was not measured.",
+            "Only the given trigger was tested; other triggers may still work.",
+        ],
+        "details": {
+            "path": steps,
+            "layers": found,
+            "log": {"removed": float(cut), "removed_share": 0.3, "clean_accuracy_at_cut": 0.8993},
+            "notes": ["4 channels of 'layer3.2.bn2' stay in the file, masked: the stream has other writers"],
+            "compared": [
+                {"name": "fine-tuning", "after": measured(0.9101, 0.8744, 0.1104, 175_290), "seconds": 9.81, "note": "the baseline"},
+                {"name": "norm-pruning", "after": measured(0.9071, 0.0122, 0.8876, 101_458), "seconds": 12.35, "note": "chosen"},
+                {"name": "random", "after": measured(0.9012, 0.7633, 0.2101, 101_458), "seconds": 12.2, "note": "control: ranks by chance"},
+            ],
+            "trigger": {"kind": "blend", "target": 0, "sources": None, "clean_png": png(), "triggered_png": png(patch=True)},
+        },
+        "schema_version": 1,
+    }
+
+
+def without_trigger() -> dict[str, Any]:
+    changed = record()
+    for part in (changed["before"], changed["after"]):
+        part["attack_success"] = part["triggered_accuracy"] = None
+    del changed["details"]["trigger"], changed["details"]["compared"]
+    changed["limitations"].append("No trigger was given, so attack success was not measured.")
+    return changed
+
+
+def bare() -> dict[str, Any]:
+    """Return the least a record may hold."""
+    changed = record()
+    changed.update(kind="audit", command=[], environment={}, inputs=[], data={}, before={}, after={}, checks=[], limitations=[], details={})
+    changed["verdict"] = "inconclusive"
+    return changed
+
+
+def audit() -> dict[str, Any]:
+    changed = bare()
+    changed.update(before=record()["before"], verdict="backdoor-evidence")
+    changed["findings"] = [{"rule": "BKD-010", "severity": "high", "message": "one class is reached by a small trigger", "where": "class 0"}]
+    return changed
+
+
+def one_cut() -> dict[str, Any]:
+    changed = record()
+    changed["details"]["path"] = changed["details"]["path"][5:6]
+    del changed["details"]["compared"]
+    return changed
+
+
+VARIANTS = {"full": record, "without trigger": without_trigger, "bare": bare, "audit": audit, "one cut": one_cut}
+
+
+def fill(value: Any, text: str) -> Any:
+    """Return a copy with every string and every free key replaced by ``text``, but for words from a closed set."""
+    closed = {"kind", "verdict", "status", "severity", "clean_png", "triggered_png"}
+    if isinstance(value, dict):
+        return {k: copy.deepcopy(v) if k in closed and k != "kind" else fill(v, text) for k, v in value.items()}
+    if isinstance(value, list):
+        return [fill(item, text) for item in value]
+    return text if isinstance(value, str) else value
+
+
+def hostile(text: str) -> dict[str, Any]:
+    """Return a record that the schema accepts and that says ``text`` wherever it may say anything."""
+    changed = fill(record(), text)
+    changed["kind"] = "repair"
+    changed["findings"] = [{"rule": text, "severity": "high", "message": text, "where": text}]
+    changed["method"]["args"] = {text: text, "many": [text, text]}
+    changed["environment"] = {text: text}
+    changed["inputs"].append({"path": text, text: text})
+    changed["data"] = {text: changed["data"]["clean"]}
+    changed["details"]["log"] = {text: 1.0}
+    changed["checks"][0]["metrics"] = {text: 1.0}
+    changed["cost"][text] = 1.0
+    return changed
