@@ -46,14 +46,12 @@ class RepairRun:
     Attributes:
         model: The repaired network, without the channels that could be removed.
         mask: What stays masked in it.
-        channels: Its channel plan: site -> original indices kept.
         result: The record.
         step: The entry for the bundle's list of steps.
     """
 
     model: Classifier
     mask: HardMask | None
-    channels: Mapping[str, list[int]]
     result: Result
     step: Mapping[str, Any]
 
@@ -103,8 +101,7 @@ def repair(
     start = time.perf_counter()
     repaired = row.load()(model, seen, **chosen, on_step=on_step, generator=random)
     seconds = time.perf_counter() - start
-    removal, checks = _remove(repaired, measured)
-    final = removal.model if removal else repaired.model
+    final, removal, checks = _remove(repaired, measured)
     mask = (removal.mask if removal.mask.keep else None) if removal else repaired.mask
     step = {"method": row.name, "version": row.version, "args": chosen}
     result = Result(
@@ -123,8 +120,7 @@ def repair(
         limitations=_limitations(test, trigger, measured),
         details=_details(model, repaired, removal),
     )
-    channels = _compose(model.channels, removal.kept if removal else {})
-    return RepairRun(final, mask, channels, result, step)
+    return RepairRun(final, mask, result, step)
 
 
 def new_network(
@@ -185,7 +181,8 @@ def train(
         on_step: Progress.
     """
     random = generator(seed)
-    untrained = new_network(images, arch, kwargs=kwargs, mean=mean, std=std, generator=random).to(device)
+    untrained = new_network(images, arch, kwargs=kwargs, mean=mean, std=std, generator=random)
+    untrained.to(device)
     measured = test if test is not None else images
     before = measure(untrained, measured, trigger)
     start = time.perf_counter()
@@ -299,12 +296,15 @@ def _limitations(test: ImageSet | None, trigger: Trigger | None, measured: Image
     return said
 
 
-def _remove(repaired: Repaired, data: ImageSet) -> tuple[Removal | None, list[dict[str, Any]]]:
+def _remove(repaired: Repaired, data: ImageSet) -> tuple[Classifier, Removal | None, list[dict[str, Any]]]:
     """Take masked channels out and check that no answer changes."""
+    assert isinstance(repaired.model, Classifier)
     if not isinstance(repaired.mask, ChannelMask):
-        return None, []
+        return repaired.model, None, []
     start = time.perf_counter()
     removal = remove_channels(repaired.model, repaired.mask, data.shape)
+    assert isinstance(removal.model, Classifier)
+    removal.model.channels = _compose(removal.model.channels, removal.kept)
     same = int((predict(repaired.model, data) == predict(removal.model, data)).sum())
     check = {
         "id": "masked-equals-removed",
@@ -313,7 +313,7 @@ def _remove(repaired: Repaired, data: ImageSet) -> tuple[Removal | None, list[di
         "metrics": {"same": same / len(data), "n": len(data)},
         "seconds": time.perf_counter() - start,
     }
-    return removal, [check]
+    return removal.model, removal, [check]
 
 
 def _details(model: Classifier, repaired: Repaired, removal: Removal | None) -> dict[str, Any]:

@@ -70,8 +70,8 @@ class ImageSet:
     def sha256(self) -> str:
         """Digest of shape, pixels and labels; independent of name and class names."""
         digest = hashlib.sha256(repr(tuple(self.x.shape)).encode())
-        digest.update(memoryview(self.x.contiguous().cpu().numpy()).cast("B"))
-        digest.update(memoryview(self.y.contiguous().cpu().numpy()).cast("B"))
+        digest.update(self.x.contiguous().cpu().numpy().data.cast("B"))
+        digest.update(self.y.contiguous().cpu().numpy().data.cast("B"))
         return digest.hexdigest()
 
     def per_class(self) -> tuple[int, ...]:

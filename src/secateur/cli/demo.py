@@ -122,7 +122,7 @@ def _write(home: Any, result: Result, chosen: RepairRun, victim: Classifier, tas
     save(victim, home / "victim", overwrite=True)
     save_trigger(task.trigger, home / "trigger")
     save_npz(task.test, home / "test.npz")
-    write(chosen, home, home / "model", ancestor=None)
+    write(chosen, home, home / "model", source=home / "victim")
     write_result(result, home)
 
 

@@ -14,7 +14,6 @@ from ..errors import MethodError, SecateurError
 
 if TYPE_CHECKING:
     from ..models import Classifier
-    from ..types import ImageSet
 
 Output = Annotated[Path | None, Parameter(name=("--output", "-o"))]
 Settings = Annotated[list[str] | None, Parameter(name="--set", negative=())]
@@ -30,15 +29,13 @@ class ModelFlags:
         arch: Architecture: a name of the zoo, or file.py:factory (runs that file).
         mean: Mean per channel that the network was trained with, e.g. 0.5,0.5,0.5.
         std: Standard deviation per channel, likewise.
-        input_size: Image size, e.g. 32 or 32x48 (height x width); images of another size are resized.
-        classes: Number of classes.
+        input_size: Size of the images it takes, e.g. 32 or 32x48 (height x width).
     """
 
     arch: str | None = None
     mean: str | None = None
     std: str | None = None
     input_size: str | None = None
-    classes: int | None = None
 
     def load(self, path: Path) -> Classifier:
         """Load the network at ``path`` as these flags describe it."""
@@ -50,14 +47,7 @@ class ModelFlags:
             mean=numbers("mean", self.mean),
             std=numbers("std", self.std),
             input_size=sides(self.input_size),
-            classes=self.classes,
         )
-
-    def images(self, path: str, *, limit: int | None = None) -> ImageSet:
-        """Load the images at ``path`` in the size these flags ask for."""
-        from ..data import load_data
-
-        return load_data(path, size=sides(self.input_size), limit=limit)
 
 
 @Parameter(name="*")

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from ..methods import get, settings
 from .console import out, say
-from .options import ModelFlags, Output, RunFlags, Settings, assignments, fresh
+from .options import Output, RunFlags, Settings, assignments, fresh
 
-NO_MODEL_FLAGS = ModelFlags()
 NO_RUN_FLAGS = RunFlags()
 
 
@@ -21,7 +20,6 @@ def poison(
     method: str = "badnets",
     set: Settings = None,
     limit: int | None = None,
-    model_flags: ModelFlags = NO_MODEL_FLAGS,
     run_flags: RunFlags = NO_RUN_FLAGS,
 ) -> int:
     """Put a backdoor trigger into a training set: writes data.npz, trigger/ and card.json, never image files.
@@ -36,10 +34,10 @@ def poison(
     folder = fresh(output or Path("poisoned"), overwrite=run_flags.overwrite)
     row = get("backdoor", method)
     chosen = settings(row, assignments(set))
-    from ..data import save_npz, save_trigger
+    from ..data import load_data, save_npz, save_trigger
     from ..state import generator
 
-    images = model_flags.images(data, limit=limit)
+    images = load_data(data, limit=limit)
     result = row.load()(images, **chosen, generator=generator(run_flags.seed))
     folder.mkdir(parents=True, exist_ok=True)
     save_npz(result.data, folder / "data.npz")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..report import render, to_json
 from .console import complain, out, progress, say
 from .files import describe_input, run_folder, write_result
-from .options import ModelFlags, Output, RunFlags, Settings, assignments, fresh
+from .options import Flag, ModelFlags, Output, RunFlags, Settings, assignments, fresh
 
 if TYPE_CHECKING:
     from ..runs import RepairRun
@@ -31,6 +31,7 @@ def repair(
     test: str | None = None,
     trigger: Path | None = None,
     limit: int | None = None,
+    resize: Flag = False,
     max_asr: float | None = None,
     max_acc_drop: float | None = None,
     model_flags: ModelFlags = NO_MODEL_FLAGS,
@@ -49,6 +50,7 @@ def repair(
         test: Labelled images to measure on; without them a fifth of the clean images is held out.
         trigger: Folder of a known trigger: attack success is then measured as well.
         limit: Use at most this many clean images.
+        resize: Resize all images to the size that the network takes.
         max_asr: Exit with 1 when attack success afterwards is above this rate, e.g. 0.05.
         max_acc_drop: Exit with 1 when accuracy falls by more than this, e.g. 0.03.
     """
@@ -61,14 +63,14 @@ def repair(
     settings(get("repair", method), arguments)
     device = run_flags.set_up()
     network = model_flags.load(model).to(device)
-    size = network.input_shape[1:]
+    size = network.input_shape[1:] if resize else None
     with progress(f"repairing with {method}", show=run_flags.progress) as on_step:
         run = runs.repair(
             network,
-            load_data(data, size=size if model_flags.input_size else None, limit=limit),
+            load_data(data, size=size, limit=limit),
             method=method,
             arguments=arguments,
-            test=load_data(test, size=size if model_flags.input_size else None) if test else None,
+            test=load_data(test, size=size) if test else None,
             trigger=load_trigger(trigger) if trigger else None,
             seed=run_flags.seed,
             command=["secateur", *sys.argv[1:]],
@@ -76,18 +78,20 @@ def repair(
             on_step=on_step,
         )
     home = folder or run_folder("repair", sys.argv[1:])
-    write(run, home, home if folder else home / "model", ancestor=describe_input(model)["sha256"])
+    write(run, home, home if folder else home / "model", source=model)
     show(run.result, json=run_flags.json)
     if not run_flags.quiet:
         say(f"written to {home}: open {home / 'report.html'}")
     return gates(run.result, max_asr=max_asr, max_acc_drop=max_acc_drop)
 
 
-def write(run: RepairRun, home: Path, bundle: Path, *, ancestor: str | None) -> None:
-    """Write bundle, record and report."""
-    from ..models import save
+def write(run: RepairRun, home: Path, bundle: Path, *, source: Path) -> None:
+    """Write bundle, record and report; ``source`` is what was repaired."""
+    from ..models import read_arch, save
 
-    save(run.model, bundle, masks=run.mask, channels=run.channels, steps=[run.step], ancestor_sha256=ancestor, overwrite=True)
+    earlier = read_arch(source)["steps"] if source.is_dir() else []
+    ancestor = describe_input(source)["sha256"]
+    save(run.model, bundle, masks=run.mask, steps=[*earlier, run.step], ancestor_sha256=ancestor, overwrite=True)
     write_result(run.result, home)
 
 

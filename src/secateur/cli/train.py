@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, MethodError, unknown
+from ..errors import MethodError, unknown
 from .console import progress, say
 from .files import run_folder, write_result
-from .options import ModelFlags, Output, RunFlags, Settings, assignments, fresh, numbers
+from .options import ModelFlags, Output, RunFlags, Settings, assignments, fresh, numbers, sides
 from .repair import show
 
 if TYPE_CHECKING:
@@ -49,13 +49,12 @@ def train(
     if model_flags.arch is None or ":" in model_flags.arch:
         raise MethodError("train needs --arch with a name of the zoo, e.g. --arch resnet20")
     from .. import runs
-    from ..data import load_trigger
+    from ..data import load_data, load_trigger
     from ..models import save
 
     device = run_flags.set_up()
-    images = model_flags.images(data, limit=limit)
-    if model_flags.classes is not None and model_flags.classes != len(images.classes):
-        raise DataError(f"--classes is {model_flags.classes}, the images have {len(images.classes)}")
+    size = sides(model_flags.input_size)
+    images = load_data(data, size=size, limit=limit)
     with progress("training", show=run_flags.progress) as on_step:
         model, result = runs.train(
             images,
@@ -64,7 +63,7 @@ def train(
             recipe=recipe,
             mean=numbers("mean", model_flags.mean),
             std=numbers("std", model_flags.std),
-            test=model_flags.images(test) if test else None,
+            test=load_data(test, size=size) if test else None,
             trigger=load_trigger(trigger) if trigger else None,
             seed=run_flags.seed,
             device=device,

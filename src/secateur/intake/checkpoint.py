@@ -36,7 +36,7 @@ def load(
     arch_kwargs: Mapping[str, Any] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    input_size: int | None = None,
+    input_size: tuple[int, int] | int | None = None,
     classes: Sequence[str] | None = None,
 ) -> Classifier:
     """Read a network and return it in eval mode.
@@ -64,7 +64,8 @@ def load(
         return load_bundle(path, factory=own_code)
     state = own_copies(unwrap(read_tensors(path)), path.stat().st_size)
     net, description, size = _network(state, arch, dict(arch_kwargs or {}))
-    input_shape = (_in_channels(net), input_size or size, input_size or size)
+    height, width = input_size if isinstance(input_size, tuple) else (input_size or size,) * 2
+    input_shape = (_in_channels(net), height, width)
     outputs = count_outputs(net, input_shape)
     if classes is not None and len(classes) != outputs:
         raise ModelError(f"classes must have one name per output ({outputs}), got {len(classes)}")

@@ -285,8 +285,8 @@ def _function_step(follow: _Follower, node: fx.Node, values: list[_Value], shape
 
 
 def _shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape) if hasattr(meta, "shape") else None
+    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    return None if shape is None else tuple(shape)
 
 
 def _trace(net: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:

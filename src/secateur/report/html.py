@@ -55,7 +55,7 @@ def _page(result: Mapping[str, Any], limits: Mapping[str, int]) -> str:
 @cache
 def _template() -> Any:
     environment = Environment(
-        loader=PackageLoader(__package__, "."),
+        loader=PackageLoader("secateur.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -66,7 +66,7 @@ def _template() -> Any:
 
 
 def _asset(name: str) -> Markup:
-    return Markup(files(__package__).joinpath(name).read_text("utf-8"))
+    return Markup(files("secateur.report").joinpath(name).read_text("utf-8"))
 
 
 def _hash(name: str) -> str:
@@ -81,9 +81,9 @@ def _draw(figure: Bar | Span | None) -> Markup:
 
 
 def _typeset(text: str) -> str:
-    """Return ``text`` with real minus signs before numbers, and percent signs that stay on their line."""
+    """Return ``text`` with real minus signs before numbers, and with units and intervals that stay on one line."""
     text = re.sub(r"(?<![\w-])-(?=\d)", "\N{MINUS SIGN}", text)
-    return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
+    return re.sub(r"(?<=\d) (?=%)|(?<=,) (?=[\d.]+\])", "\N{NO-BREAK SPACE}", text)
 
 
 def _curve(details: Mapping[str, Any]) -> Markup | None:

@@ -43,7 +43,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     version = record.get("schema_version") if isinstance(record, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise DataError(
-            f"schema_version must be at most {SCHEMA_VERSION}, got {version} in {name}: a newer secateur wrote it; upgrade to read it"
+            f"schema_version must be at most {SCHEMA_VERSION}, got {version}: a newer secateur wrote {name}; upgrade to read it"
         )
     if broken := problem(record):
         raise DataError(f"{broken} ({name}); give a result.json that secateur wrote")

@@ -29,7 +29,7 @@ TYPES: Mapping[str, Callable[[Any], bool]] = {
 @cache
 def result_schema() -> Schema:
     """Return the JSON Schema of ``result.json``."""
-    return json.loads(files(__package__).joinpath("result.schema.json").read_text("utf-8"))
+    return json.loads(files("secateur.report").joinpath("result.schema.json").read_text("utf-8"))
 
 
 def problem(value: Any) -> str | None:

@@ -203,18 +203,14 @@ def _checks(checks: Sequence[Record]) -> Section:
 
 
 def _findings(findings: Sequence[Record]) -> Section:
-    rows = tuple(
-        (_text(f["rule"]), Cell(f["severity"]), _text(f["message"]), _text(f["where"]))
-        for f in findings
-    )
+    rows = tuple((_text(f["rule"]), Cell(f["severity"]), _text(f["message"]), _text(f["where"])) for f in findings)
     return Section("findings", "Findings", tables=(Table(("Rule", "Severity", "Message", "Where"), rows),))
 
 
 def _compared(before: Record, compared: Sequence[Record]) -> Section:
     head = ("Repair", "Accuracy", "Attack success", "Parameters", "Seconds", "Note")
     rows = [
-        (*_compared_cells(row["name"], row["after"]), _number(round(row["seconds"], 1)), _text(row["note"]))
-        for row in compared
+        (*_compared_cells(row["name"], row["after"]), _number(round(row["seconds"], 1)), _text(row["note"])) for row in compared
     ]
     if rows and before:
         rows.insert(0, (*_compared_cells("before repair", before), Cell(""), Cell("")))
@@ -309,4 +305,3 @@ def _environment(result: Record) -> dict[str, str]:
     written = {"secateur": tool["version"], "commit": tool["commit"], "created": result["created"]}
     pairs = {**written, **result["environment"], **result["cost"]}
     return {name: setting(value) for name, value in pairs.items() if value is not None}
-

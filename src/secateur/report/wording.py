@@ -80,8 +80,10 @@ def seconds(value: float) -> str:
 
 def setting(value: Any) -> str:
     """Return the value of a setting as it would be typed."""
+    if value is None:
+        return "none"
     if isinstance(value, list | tuple):
-        return ", ".join(setting(item) for item in value) or "(none)"
+        return ", ".join(map(setting, value)) or "none"
     return plain(value) if isinstance(value, str) else json.dumps(value)
 
 
