@@ -21,6 +21,7 @@ from .errors import MethodError, unknown
 Kind = Literal["backdoor", "evasion", "detector", "score", "repair", "compressor"]
 KINDS: tuple[Kind, ...] = ("backdoor", "evasion", "detector", "score", "repair", "compressor")
 ENTRY_POINTS = "secateur.methods"
+NUMBERS: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "None": (type(None),)}
 NOT_SETTINGS = frozenset({"generator", "on_step", "granularity"})
 
 
@@ -130,11 +131,22 @@ def settings(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
         MethodError: A name is not a setting of the method.
     """
     known = parameters(method)
-    for name in given:
-        if name not in {parameter.name for parameter in known}:
-            raise MethodError(unknown(f"setting of '{method.name}'", name, [p.name for p in known]))
+    annotations = {parameter.name: parameter.annotation for parameter in known}
+    for name, value in given.items():
+        if name not in annotations:
+            raise MethodError(unknown(f"setting of '{method.name}'", name, annotations))
+        _check_type(name, value, annotations[name])
     defaults = {p.name: ast.literal_eval(p.default) for p in known if p.default is not None}
     return {**defaults, **given}
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    """Raise `MethodError` when a number is asked for and something else was given."""
+    accepted = {word: NUMBERS[word] for word in annotation.split(" | ") if word in NUMBERS}
+    if len(accepted) != len(annotation.split(" | ")):
+        return
+    if not any(type(value) in kinds for kinds in accepted.values()):
+        raise MethodError(f"{name} must be of type {annotation}, got {value!r}")
 
 
 @cache

@@ -34,7 +34,11 @@ def png(width: int = 144, height: int = 36, patch: bool = False) -> str:
         for x in range(width):
             lit = patch and y >= height - 8 and x % 36 >= 28
             rows += b"\xff\xff\xff" if lit else bytes(((x * 5) % 200, (y * 6) % 180, 90 + (x // 36) * 30))
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(rows))), (b"IEND", b"")]
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(rows))),
+        (b"IEND", b""),
+    ]
     chunks = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts)
     return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).decode()
 
@@ -68,9 +72,7 @@ def record() -> dict[str, Any]:
     found = layers()
     cut = sum(layer["removed"] for layer in found)
     path = [(0.05, 0.9117), (0.1, 0.911), (0.15, 0.9088), (0.2, 0.9092), (0.25, 0.9051), (0.3, 0.8993), (0.35, 0.894)]
-    steps = [
-        {"amount": a, "removed": cut if a == 0.3 else round(cut * a / 0.3), "holdout": rate(v, 1000)} for a, v in path
-    ]
+    steps = [{"amount": a, "removed": cut if a == 0.3 else round(cut * a / 0.3), "holdout": rate(v, 1000)} for a, v in path]
     steps.append({"amount": 0.4, "removed": round(cut * 4 / 3), "holdout": rate(0.8524, 1000)})
     return {
         "kind": "repair",
@@ -86,7 +88,15 @@ def record() -> dict[str, Any]:
         "method": {
             "name": "norm-pruning",
             "version": 1,
-            "args": {"norm": "l1", "granularity": "channel", "layers": "late", "fraction": None, "drop": 0.02, "epochs": 10, "lr": 0.02},
+            "args": {
+                "norm": "l1",
+                "granularity": "channel",
+                "layers": "late",
+                "fraction": None,
+                "drop": 0.02,
+                "epochs": 10,
+                "lr": 0.02,
+            },
             "seed": 0,
         },
         "before": measured(0.9132, 0.9978, 0.0022, 175_290),
@@ -100,7 +110,13 @@ def record() -> dict[str, Any]:
                 "metrics": {"same": 1.0, "n": 2000},
                 "seconds": 0.421,
             },
-            {"id": "max-asr", "status": "finding", "why": "attack success must be at most 1 %", "metrics": {"high": 0.0187}, "seconds": 0.0},
+            {
+                "id": "max-asr",
+                "status": "finding",
+                "why": "attack success must be at most 1 %",
+                "metrics": {"high": 0.0187},
+                "seconds": 0.0,
+            },
         ],
         "findings": [],
         "verdict": None,
@@ -115,9 +131,24 @@ def record() -> dict[str, Any]:
             "log": {"removed": float(cut), "removed_share": 0.3, "clean_accuracy_at_cut": 0.8993},
             "notes": ["4 channels of 'layer3.2.bn2' stay in the file, masked: the stream has other writers"],
             "compared": [
-                {"name": "fine-tuning", "after": measured(0.9101, 0.8744, 0.1104, 175_290), "seconds": 9.81, "note": "the baseline"},
-                {"name": "norm-pruning", "after": measured(0.9071, 0.0122, 0.8876, 101_458), "seconds": 12.35, "note": "chosen"},
-                {"name": "random", "after": measured(0.9012, 0.7633, 0.2101, 101_458), "seconds": 12.2, "note": "control: ranks by chance"},
+                {
+                    "name": "fine-tuning",
+                    "after": measured(0.9101, 0.8744, 0.1104, 175_290),
+                    "seconds": 9.81,
+                    "note": "the baseline",
+                },
+                {
+                    "name": "norm-pruning",
+                    "after": measured(0.9071, 0.0122, 0.8876, 101_458),
+                    "seconds": 12.35,
+                    "note": "chosen",
+                },
+                {
+                    "name": "random",
+                    "after": measured(0.9012, 0.7633, 0.2101, 101_458),
+                    "seconds": 12.2,
+                    "note": "control: ranks by chance",
+                },
             ],
             "trigger": {"kind": "blend", "target": 0, "sources": None, "clean_png": png(), "triggered_png": png(patch=True)},
         },
@@ -137,7 +168,9 @@ def without_trigger() -> dict[str, Any]:
 def bare() -> dict[str, Any]:
     """Return the least a record may hold."""
     changed = record()
-    changed.update(kind="audit", command=[], environment={}, inputs=[], data={}, before={}, after={}, checks=[], limitations=[], details={})
+    changed.update(
+        kind="audit", command=[], environment={}, inputs=[], data={}, before={}, after={}, checks=[], limitations=[], details={}
+    )
     changed["verdict"] = "inconclusive"
     return changed
 
@@ -145,7 +178,9 @@ def bare() -> dict[str, Any]:
 def audit() -> dict[str, Any]:
     changed = bare()
     changed.update(before=record()["before"], verdict="backdoor-evidence")
-    changed["findings"] = [{"rule": "BKD-010", "severity": "high", "message": "one class is reached by a small trigger", "where": "class 0"}]
+    changed["findings"] = [
+        {"rule": "BKD-010", "severity": "high", "message": "one class is reached by a small trigger", "where": "class 0"}
+    ]
     return changed
 
 

@@ -22,11 +22,11 @@ NO_RUN_FLAGS = RunFlags()
 CLEAN_SHARE = 0.15
 VICTIM: Mapping[str, Any] = {"epochs": 6, "lr": 0.2, "schedule": "triangle", "milestones": (0.25,)}
 RATE = 0.1
-# name, method, settings: the first is the repair, the others are what it is compared with
-REPAIRS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
-    ("norm pruning", "norm-pruning", {}),
-    ("random pruning", "norm-pruning", {"norm": "random"}),
-    ("fine-tuning alone", "fine-tuning", {}),
+# name, method, settings, note: the first is the repair, the others are what it is compared with
+REPAIRS: tuple[tuple[str, str, Mapping[str, Any], str], ...] = (
+    ("norm pruning", "norm-pruning", {}, "cuts the filters of smallest l1 norm in the late layers, then fine-tunes"),
+    ("random pruning", "norm-pruning", {"norm": "random"}, "control: cuts filters by chance, then fine-tunes"),
+    ("fine-tuning alone", "fine-tuning", {}, "control: cuts nothing"),
 )
 BEFORE_AT_LEAST, AFTER_AT_MOST, DROP_AT_MOST = 0.90, 0.05, 0.03
 
@@ -43,17 +43,15 @@ def demo(*, output: Output = None, run_flags: RunFlags = NO_RUN_FLAGS) -> int:
     folder = fresh(output, overwrite=run_flags.overwrite) if output else None
     device = run_flags.set_up()
     task, victim, trained = _victim(run_flags, device)
-    runs = {name: _repair(name, method, settings, victim, task, run_flags) for name, method, settings in REPAIRS}
+    runs = {name: _repair(name, method, settings, victim, task, run_flags) for name, method, settings, _ in REPAIRS}
     chosen = next(iter(runs.values()))
     home = folder or run_folder("demo", sys.argv[1:])
     result = _record(chosen.result, runs, task, trained)
     _write(home, result, chosen, victim, task)
     show(result, json=run_flags.json)
     if not run_flags.quiet:
-        say(f"{time.perf_counter() - start:.0f} s in all. Open {home / 'report.html'}; repair it yourself:")
-        say(
-            f"  secateur repair {home / 'victim'} --data fashion-mini:train --test {home / 'test.npz'} --trigger {home / 'trigger'}"
-        )
+        say(f"{time.perf_counter() - start:.0f} s in all. Open {home / 'report.html'}, or repair the victim yourself:")
+        say(f"  cd {home}; secateur repair victim --data clean.npz --test test.npz --trigger trigger -o mine")
     return _verdict(result)
 
 
@@ -70,9 +68,8 @@ def _victim(flags: RunFlags, device: str) -> tuple[Task, Classifier, float]:
     poisoned = badnets(rest, rate=RATE, target=0, generator=random)
     task = Task(clean=clean, train=poisoned.data, test=load_data("fashion-mini:test"), trigger=poisoned.trigger)
     if not flags.quiet:
-        say(
-            f"{len(rest)} images of clothes, {int(poisoned.poisoned.sum())} with a white square and the label '{clean.classes[0]}'"
-        )
+        marked = int(poisoned.poisoned.sum())
+        say(f"{len(rest)} images of clothes, {marked} of them with a white square and the label '{clean.classes[0]}'")
     start = time.perf_counter()
     network = new_network(rest, "convnet", generator=random).to(device)
     with progress("training the victim", show=flags.progress) as on_step:
@@ -101,8 +98,8 @@ def _record(result: Result, runs: Mapping[str, RepairRun], task: Task, trained: 
     from ..runs import picture
 
     compared = [
-        {"name": name, "after": run.result.after, "seconds": run.result.cost["seconds"], "note": ""}
-        for name, run in runs.items()
+        {"name": name, "after": runs[name].result.after, "seconds": runs[name].result.cost["seconds"], "note": note}
+        for name, _, _, note in REPAIRS
     ]
     assert task.test is not None
     assert task.trigger is not None
@@ -121,6 +118,7 @@ def _write(home: Any, result: Result, chosen: RepairRun, victim: Classifier, tas
     assert task.trigger is not None
     save(victim, home / "victim", overwrite=True)
     save_trigger(task.trigger, home / "trigger")
+    save_npz(task.clean, home / "clean.npz")
     save_npz(task.test, home / "test.npz")
     write(chosen, home, home / "model", source=home / "victim")
     write_result(result, home)

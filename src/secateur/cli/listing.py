@@ -28,9 +28,9 @@ def list_methods(
         name: A method; all of the kind by default.
         json: Print JSON.
     """
-    singular = PLURALS.get(kind) or next((k for k in KINDS if k == kind), None)
-    if singular is None:
+    if kind not in PLURALS:
         raise MethodError(unknown("kind", kind, PLURALS))
+    singular = PLURALS[kind]
     rows = [get(singular, name)] if name else list(table(singular))
     if json:
         out(json_format.dumps([describe(row) for row in rows], indent=2))

@@ -120,14 +120,14 @@ def cut_until(
     lost than gained, or the set is too small to tell such a drop from chance.
 
     Returns:
-        The candidates in order, the one that crossed last, and the mask chosen.
+        The candidates in order, from nothing cut to the one that crossed, and the mask chosen.
 
     Raises:
         InconclusiveError: The crossing is not significant.
     """
     before = correct(model, clean)
     chosen = ranking.cut(Fraction(0))
-    path: list[Candidate] = []
+    path = [Candidate(0.0, 0, chosen, wilson(int(before.sum()), len(clean)))]
     for share in _shares(until.step):
         mask = ranking.cut(Fraction(share))
         after = correct(apply_mask(model, mask, edit=edit), clean)

@@ -42,6 +42,7 @@ def _page(result: Mapping[str, Any], limits: Mapping[str, int]) -> str:
         tool=plain(f"{result['tool']['name']} {result['tool']['version']}")[:80],
         method=method_line(result)[:200],
         sections=[shorten(section, **limits) for section in sections(result)],
+        compares=bool(result["before"] and result["after"]),
         sortable=SORTABLE,
         curve=_curve(result["details"]),
         pictures=_pictures(result["details"].get("trigger")),

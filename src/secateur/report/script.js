@@ -28,8 +28,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 for (const label of document.querySelectorAll("label.filter")) {
-  label.hidden = false;
   const rows = label.parentElement.querySelectorAll("tbody tr");
+  label.hidden = rows.length < 2;
   label.querySelector("input").addEventListener("input", (event) => {
     const wanted = event.target.value.trim().toLowerCase();
     for (const row of rows) row.hidden = !row.cells[0].textContent.toLowerCase().includes(wanted);

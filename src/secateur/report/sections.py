@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,6 @@ RATES = {
     "triggered_accuracy": "Triggered accuracy",
     "adversarial_accuracy": "Adversarial accuracy",
 }
-COUNTS = {"parameters": "Parameters", "nonzero": "Non-zero parameters"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,15 @@ def sections(result: Record) -> tuple[Section, ...]:
         _limits(result["limitations"]),
         _reproduce(result),
     )
-    return tuple(part for part in parts if part.lines or part.code or any(table.rows for table in part.tables))
+    tidy = (replace(part, tables=tuple(_tidy(table) for table in part.tables if table.rows)) for part in parts)
+    return tuple(part for part in tidy if part.lines or part.code or part.tables)
+
+
+def _tidy(table: Table) -> Table:
+    """Return a table without the columns that say nothing in any row."""
+    used = [i for i in range(len(table.head)) if i == 0 or any(row[i].text for row in table.rows)]
+    rows = tuple(tuple(row[i] for i in used) for row in table.rows)
+    return replace(table, head=tuple(table.head[i] for i in used), rows=rows)
 
 
 def method_line(result: Record) -> str:
@@ -136,20 +143,33 @@ def _text(text: str) -> Cell:
     return Cell(plain(text))
 
 
-def _number(value: float) -> Cell:
-    return Cell(number(value), key=value)
+def _number(value: float | None) -> Cell:
+    return Cell(wording.NOT_MEASURED) if value is None else Cell(number(value), key=value)
 
 
 def _rate(value: Rate | None) -> Cell:
     return Cell(rate(value), "" if value is None else f"n = {value['n']:,}", None if value is None else value["value"])
 
 
-def _scaled(value: int, unit: str, name: str) -> Cell:
-    return Cell(wording.human(value, unit), f"{value:,} {name}", value)
+def _size(value: float | None) -> Cell:
+    return _number(None) if value is None else Cell(wording.human(value, "B"), f"{value:,} bytes", value)
+
+
+def _work(value: float | None) -> Cell:
+    return _number(None) if value is None else Cell(wording.human(value), f"{value:,} for one image", value)
 
 
 def _latency(value: float | None) -> Cell:
-    return Cell(wording.NOT_MEASURED if value is None else f"{value:.3g} ms", key=value)
+    return _number(None) if value is None else Cell(f"{value:.3g} ms", key=value)
+
+
+COSTS: Mapping[str, tuple[str, Callable[[float | None], Cell]]] = {
+    "parameters": ("Parameters", _number),
+    "nonzero": ("Non-zero parameters", _number),
+    "size_bytes": ("Size", _size),
+    "macs": ("Multiply-accumulates", _work),
+    "latency_ms": ("Time per image", _latency),
+}
 
 
 def _pairs(pairs: Mapping[str, str], head: tuple[str, str], caption: str) -> Table:
@@ -157,17 +177,18 @@ def _pairs(pairs: Mapping[str, str], head: tuple[str, str], caption: str) -> Tab
 
 
 def _outcome(before: Record, after: Record) -> Section:
-    head = ("Measure", "Before", "After", "Change", "n")
     if not before and not after:
-        return Section("outcome", "Before and after")
+        return Section("outcome", "What was measured")
+    before, after = (before, after) if after else ({}, before)
     rows = [_rate_row(label, before.get(name), after.get(name)) for name, label in RATES.items()]
-    figures: tuple[Span | None, ...] = tuple(_span(before.get(name), after.get(name)) for name in RATES)
-    rows += [_cost_row(label, before, after, name, _number) for name, label in COUNTS.items()]
-    rows.append(_cost_row("Size", before, after, "size_bytes", lambda value: _scaled(value, "B", "bytes")))
-    rows.append(_cost_row("Multiply-accumulates", before, after, "macs", lambda value: _scaled(value, "", "for one image")))
-    rows.append(_cost_row("Time per image", before, after, "latency_ms", _latency))
-    figures += (None,) * (len(rows) - len(figures))
-    return Section("outcome", "Before and after", tables=(Table(head, tuple(rows), "", figures, "0 to 100 %"),))
+    figures: list[Span | None] = [_span(before.get(name), after.get(name)) for name in RATES]
+    rows += [_cost_row(label, before, after, name, show) for name, (label, show) in COSTS.items()]
+    figures += [None] * len(COSTS)
+    table = Table(("Measure", "Before", "After", "Change", "n"), tuple(rows), "", tuple(figures), "0 to 100 %")
+    if before:
+        return Section("outcome", "Before and after", tables=(table,))
+    only = tuple((label, value, n) for label, _, value, _, n in table.rows)
+    return Section("outcome", "What was measured", tables=(replace(table, head=("Measure", "Value", "n"), rows=only),))
 
 
 def _span(before: Rate | None, after: Rate | None) -> Span | None:
@@ -181,10 +202,9 @@ def _rate_row(label: str, before: Rate | None, after: Rate | None) -> tuple[Cell
     return (Cell(label), _rate(before), _rate(after), Cell(wording.points(before, after), key=change), n)
 
 
-def _cost_row(label: str, before: Record, after: Record, name: str, show: Any) -> tuple[Cell, ...]:
+def _cost_row(label: str, before: Record, after: Record, name: str, show: Callable[[float | None], Cell]) -> tuple[Cell, ...]:
     old, new = before.get(name), after.get(name)
-    cells = (Cell(wording.NOT_MEASURED) if value is None else show(value) for value in (old, new))
-    return (Cell(label), *cells, Cell(wording.relative(old, new)), Cell(""))
+    return (Cell(label), show(old), show(new), Cell(wording.relative(old, new)), Cell(""))
 
 
 def _checks(checks: Sequence[Record]) -> Section:
@@ -274,8 +294,7 @@ def _reproduce(result: Record) -> Section:
         _pairs(_environment(result), ("Name", "Value"), "Environment"),
     )
     lines = () if result["command"] else ("Called from Python: no command line was recorded.",)
-    kept = tuple(table for table in tables if table.rows)
-    return Section("reproduce", "How to reproduce", lines, kept, plain(shlex.join(result["command"])))
+    return Section("reproduce", "How to reproduce", lines, tables, plain(shlex.join(result["command"])))
 
 
 def _data(data: Mapping[str, Record]) -> Table:

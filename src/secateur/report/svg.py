@@ -46,7 +46,7 @@ def span(drawn: Span) -> Markup:
     pairs = ((drawn.before, "before", 6), (drawn.after, "after", 14))
     shown = [(value, name, y) for value, name, y in pairs if value is not None]
     marks = [mark for value, name, y in shown for mark in _interval(value, name, y)]
-    title = "; ".join(f"{name} {rate(value)}" for value, name, _ in shown)
+    title = "; ".join(f"{name} {rate(value)}" if len(shown) > 1 else rate(value) for value, name, _ in shown)
     return _picture(title, scale, *marks, class_="span", viewBox="0 0 100 20", preserveAspectRatio="none")
 
 

@@ -39,9 +39,8 @@ def _wrap(text: str, first: str = "") -> list[str]:
 
 
 def _table(table: Table) -> Iterator[str]:
-    used = [i for i in range(len(table.head)) if any(row[i].text for row in table.rows)]
-    numeric = [table.numeric(i) for i in used]
-    rows = [[table.head[i] for i in used], *([row[i].text for i in used] for row in table.rows)]
+    numeric = [table.numeric(i) for i in range(len(table.head))]
+    rows = [table.head, *([cell.text for cell in row] for row in table.rows)]
     widths = _fit([max(map(len, column)) for column in zip(*rows, strict=True)], numeric)
     for row in rows:
         yield from _row(row, widths, numeric)

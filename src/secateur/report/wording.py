@@ -59,7 +59,7 @@ def relative(before: float | None, after: float | None) -> str:
     return f"{signed(100 * (after / before - 1), 1)} %"
 
 
-def human(value: int, unit: str = "") -> str:
+def human(value: float, unit: str = "") -> str:
     """Return a large count as ``4.31 MB`` (powers of 1000)."""
     scaled, prefixes = float(value), iter(("", "k", "M", "G", "T", "P"))
     prefix = next(prefixes)

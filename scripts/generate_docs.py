@@ -1,0 +1,97 @@
+"""Write the generated parts of the docs from the tables they describe; ``--check`` only compares.
+
+* ``docs/methods.md``: every method with its settings, from ``methods.py``.
+* The README's results table, from ``results/norm-pruning/cells.csv``.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import sys
+from pathlib import Path
+
+from secateur import methods
+
+ROOT = Path(__file__).parents[1]
+CELLS = ROOT / "results" / "norm-pruning" / "cells.csv"
+START, END = "<!-- generated: results -->", "<!-- end of generated -->"
+
+
+def methods_page() -> str:
+    """Return ``docs/methods.md``."""
+    lines = ["# Methods", "", "Generated from `src/secateur/methods.py` by `make docs`; do not edit.", ""]
+    for kind in methods.KINDS:
+        rows = methods.table(kind)
+        if not rows:
+            continue
+        lines += [f"## {kind.capitalize()}s", ""]
+        for row in rows:
+            lines += [f"### {row.name}", "", f"{methods.summary(row)} Source: {row.paper}. Version {row.version}.", ""]
+            found = methods.parameters(row)
+            if found:
+                lines += ["| setting | default | meaning |", "|---|---|---|"]
+                lines += [f"| `{p.name}` | `{p.default}` | {p.help} |" for p in found]
+                lines.append("")
+    return "\n".join(lines)
+
+
+def results_table() -> str:
+    """Return the README's table: both attacks, a few rows, mean and worst seed."""
+    if not CELLS.exists():
+        return "(no results yet)"
+    rows = list(csv.DictReader(CELLS.open(encoding="utf-8")))
+    shown = {
+        "no repair": {"name": "no repair"},
+        "fine-tuning alone": {"name": "fine-tuning alone"},
+        "random filters, late third, then fine-tuning": _cut("channel", "random", "late third"),
+        "**l1 filters, early third, then fine-tuning**": _cut("channel", "l1", "early third"),
+        "**l1 filters, late third, then fine-tuning**": _cut("channel", "l1", "late third"),
+    }
+    lines = ["| repair | BadNets: accuracy | ASR (worst) | Blended: accuracy | ASR (worst) |", "|---|---|---|---|---|"]
+    for title, wanted in shown.items():
+        cells = [title]
+        for attack in ("badnets", "blended"):
+            mine = [r for r in rows if r["attack"] == attack and all(r[k] == v for k, v in wanted.items())]
+            rates = [100 * float(r["attack_success"]) for r in mine]
+            cells += [_spread([100 * float(r["accuracy"]) for r in mine]), f"{_spread(rates)} ({max(rates):.1f})"]
+        lines.append("| " + " | ".join(cells) + " |")
+    seeds = len({row["seed"] for row in rows})
+    n = rows[0]["accuracy_n"]
+    lines += ["", f"Percent, mean ± standard deviation over {seeds} victims; n = {n} test images each."]
+    return "\n".join(lines)
+
+
+def _cut(granularity: str, norm: str, place: str) -> dict[str, str]:
+    return {"name": "pruning", "granularity": granularity, "norm": norm, "place": place, "heal": "yes"}
+
+
+def _spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+
+
+def readme() -> str:
+    """Return the README with its table made anew."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{results_table()}\n{END}{after}"
+
+
+def main() -> int:
+    """Write, or compare and return 1 when something is stale."""
+    wanted = {ROOT / "docs" / "methods.md": methods_page(), ROOT / "README.md": readme()}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is stale: run make docs")
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(wanted[path], "utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Small networks and images that every test may use; together they take a few seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from torch import nn
+
+from secateur.measure import evaluate
+from secateur.models import Classifier, build
+from secateur.poison import badnets
+from secateur.state import generator, seeded
+from secateur.train import Recipe, train
+from secateur.types import ImageSet, Trigger
+
+CLASSES = ("top", "middle", "bottom")
+SHAPE = (1, 12, 12)
+RECIPE = Recipe(epochs=8, lr=0.1, batch_size=40, schedule="triangle", milestones=(0.3,))
+
+
+@dataclass(frozen=True, eq=False)
+class Victim:
+    """A network with a backdoor, and what made it."""
+
+    model: Classifier
+    trigger: Trigger
+    clean: ImageSet
+    test: ImageSet
+
+
+def make_tiny(seed: int = 0, *, width: int = 4, randomise: bool = True) -> Classifier:
+    with seeded(generator(seed)):
+        net = build("convnet", width=width, classes=3, in_channels=1)
+        if randomise:
+            randomise_norms(net)
+    arch = {"name": "convnet", "kwargs": {"width": width, "classes": 3, "in_channels": 1}}
+    return Classifier(net, classes=CLASSES, input_shape=SHAPE, mean=[0.4], std=[0.3], arch=arch).eval()
+
+
+def randomise_norms(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.5)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+
+
+def make_images(n: int, seed: int) -> ImageSet:
+    """A bright bar whose height in the image is its class, under noise; every class comes equally often."""
+    draw = generator(seed)
+    y = torch.arange(n) % len(CLASSES)
+    x = 0.3 * torch.rand(n, *SHAPE, generator=draw)
+    rows = 1 + 4 * y + torch.randint(0, 2, (n,), generator=draw)
+    x[torch.arange(n), 0, rows] += 0.5
+    x[torch.arange(n), 0, rows, 9:] = 0.15
+    return ImageSet((255 * x).round().to(torch.uint8), y, CLASSES, "bars")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def gen() -> torch.Generator:
+    return generator(0)
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Classifier]:
+    """`make_tiny`: (seed) -> a small network with random weights and batch-norm statistics."""
+    return make_tiny
+
+
+@pytest.fixture(scope="session")
+def bars() -> Callable[[int, int], ImageSet]:
+    """`make_images`: (n, seed) -> images."""
+    return make_images
+
+
+@pytest.fixture(scope="session")
+def images() -> ImageSet:
+    return make_images(240, seed=1)
+
+
+@pytest.fixture(scope="session")
+def trained(images: ImageSet) -> Iterator[Classifier]:
+    model = train(make_tiny(randomise=False), images, RECIPE, generator=generator(0))
+    assert evaluate(model, make_images(120, seed=2)).accuracy.value > 0.9
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    yield model
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "a test changed `trained`"
+
+
+@pytest.fixture(scope="session")
+def victim(images: ImageSet) -> Iterator[Victim]:
+    poisoning = badnets(images, rate=0.2, target=0, generator=generator(3))
+    model = train(make_tiny(1, randomise=False), poisoning.data, RECIPE, generator=generator(0))
+    test = make_images(120, seed=5)
+    measured = evaluate(model, test, trigger=poisoning.trigger)
+    assert measured.accuracy.value > 0.9
+    assert measured.attack_success is not None
+    assert measured.attack_success.value > 0.9
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    yield Victim(model, poisoning.trigger, make_images(60, seed=4), test)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "a test changed `victim`"
+
+
+@pytest.fixture(scope="session")
+def schema() -> Draft202012Validator:
+    """The JSON Schema that every record must obey."""
+    text = files("secateur.report").joinpath("result.schema.json").read_text("utf-8")
+    return Draft202012Validator(json.loads(text))

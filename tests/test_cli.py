@@ -1,0 +1,165 @@
+"""The command line as a person meets it: exit codes, one clear line, files written, nothing lost."""
+
+import json
+
+import pytest
+import torch
+
+from secateur.cli import run
+from secateur.data import save_npz, save_trigger
+from secateur.models import load_bundle, save
+
+
+@pytest.fixture
+def files(victim, tmp_path, monkeypatch):
+    """A victim, clean and test images and a trigger on disk, and the current folder beside them."""
+    monkeypatch.chdir(tmp_path)
+    save(victim.model, tmp_path / "victim")
+    save_npz(victim.clean, tmp_path / "clean.npz")
+    save_npz(victim.test, tmp_path / "test.npz")
+    save_trigger(victim.trigger, tmp_path / "trigger")
+    return tmp_path
+
+
+REPAIR = ["repair", "victim", "--data", "clean.npz", "--set", "fraction=0.3", "--set", "epochs=2", "-q"]
+MEASURED = [*REPAIR, "--test", "test.npz", "--trigger", "trigger", "-o", "out"]
+
+
+def test_repair_writes_bundle_record_and_report(files, capsys, schema):
+    assert run(MEASURED) == 0
+    assert {path.name for path in (files / "out").iterdir()} >= {
+        "model.safetensors", "arch.json", "README.md", "result.json", "report.html",
+    }  # fmt: skip
+    record = json.loads((files / "out" / "result.json").read_text())
+    schema.validate(record)
+    out, err = capsys.readouterr()
+    assert f"{100 * record['after']['attack_success']['value']:.2f}" in out
+    assert err == ""
+    arch = json.loads((files / "out" / "arch.json").read_text())
+    assert arch["steps"][0]["args"]["fraction"] == 0.3
+    assert arch["ancestor_sha256"] == record["inputs"][0]["sha256"]
+    assert load_bundle(files / "out")(torch.rand(2, 1, 12, 12)).shape == (2, 3)
+
+
+def test_json_goes_to_stdout_and_nothing_else(files, capsys):
+    assert run([*MEASURED, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "repair"
+
+
+def test_without_a_folder_the_run_gets_one_and_latest_points_at_it(files, capsys):
+    assert run(REPAIR) == 0
+    latest = files / "secateur-runs" / "latest"
+    assert (latest / "model" / "arch.json").exists()
+    assert (latest / "report.html").exists()
+
+
+def test_the_second_repair_remembers_the_first(files):
+    assert run(MEASURED) == 0
+    assert run(["repair", "out", "--data", "clean.npz", "--method", "fine-tuning", "--set", "epochs=1", "-q", "-o", "two"]) == 0
+    steps = json.loads((files / "two" / "arch.json").read_text())["steps"]
+    assert [step["method"] for step in steps] == ["norm-pruning", "fine-tuning"]
+
+
+def test_gates_exit_with_1_and_still_write(files, capsys):
+    assert run([*MEASURED, "--max-acc-drop", "-1"]) == 1
+    assert "gate failed: accuracy fell by" in capsys.readouterr().err
+    assert (files / "out" / "result.json").exists()
+    assert run([*REPAIR, "-o", "other", "--max-asr", "0.5"]) == 1
+    assert "--max-asr needs --trigger" in capsys.readouterr().err
+
+
+MISTAKES = [
+    (["repair", "nowhere", "--data", "clean.npz"], 2, "nowhere"),
+    (["repair", "victim", "--data", "nowhere.npz"], 2, "nowhere.npz"),
+    (["repair", "victim", "--data", "clean.npz", "--method", "nrom-pruning"], 2, "did you mean 'norm-pruning'"),
+    (["repair", "victim", "--data", "clean.npz", "--set", "epoch=3"], 2, "did you mean 'epochs'"),
+    (["repair", "victim", "--data", "clean.npz", "--set", "epochs"], 2, "--set must be name=value"),
+    (["repair", "victim", "--data", "clean.npz", "--set", "fraction=2"], 2, "fraction must lie in [0, 1], got 2"),
+    (["repair", "victim", "--data", "clean.npz", "--set", "layers=conv9"], 2, "unknown layer 'conv9'"),
+    (["repair", "victim", "--data", "clean.npz", "--set", "norm=l3"], 2, "unknown norm 'l3'"),
+    (["repair", "victim", "--data", "clean.npz", "--set", "fraction=0.1", "--set", "drop=0.1"], 2, "not both"),
+    (["repair", "victim", "--data", "clean.npz", "--set", "epochs=many"], 2, "epochs must be of type int, got 'many'"),
+    (["repair", "victim", "--data", "clean.npz", "--device", "tpu"], 2, "--device must be"),
+    (["repair", "victim", "--data", "clean.npz", "--threads", "0"], 2, "--threads must be at least 1"),
+    (["repair", "victim", "--data", "clean.npz", "--mean", "a,b"], 2, "--mean must be numbers"),
+    (["repair", "victim", "--data", "clean.npz", "--trigger", "nowhere"], 2, "nowhere"),
+    (["repair", "victim", "--data", "clean.npz", "-o", "clean.npz"], 2, "is a file"),
+    (["repair", "victim", "--data", "clean.npz", "-o", "trigger"], 2, "not empty; use --overwrite"),
+    (["repair", "victim"], 2, "--data"),
+    (["repair", "victim", "--dota", "clean.npz"], 2, "--data"),
+    (["repiar"], 2, "repair"),
+    (["list", "repair"], 2, "did you mean 'repairs'"),
+    (["poison", "clean.npz", "--set", "rate=7", "-o", "p"], 2, "rate must lie in [0, 1], got 7"),
+    (["poison", "clean.npz", "--set", "target=3", "-o", "p"], 2, "target must lie in [0, 2], got 3"),
+    (["train", "clean.npz"], 2, "train needs --arch"),
+    (["train", "clean.npz", "--arch", "resnet21"], 2, "did you mean"),
+    (["report", "nowhere"], 2, "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), MISTAKES, ids=[" ".join(m[0][:1] + m[0][3:]) for m in MISTAKES])
+def test_a_mistake_gets_one_clear_line(files, capsys, arguments, code, said):
+    before = {path: path.stat().st_mtime_ns for path in files.rglob("*")}
+    assert run(arguments) == code
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert before == {path: path.stat().st_mtime_ns for path in files.rglob("*") if path in before}
+
+
+def test_a_pickled_network_is_refused_with_4(files, victim, capsys):
+    torch.save(victim.model, files / "whole.pt")
+    assert run(["repair", "whole.pt", "--data", "clean.npz", "-q"]) == 4
+    assert "reads plain state dicts only" in capsys.readouterr().err
+
+
+def test_too_few_images_to_resolve_the_drop_is_inconclusive(files, capsys):
+    code = run(
+        [*REPAIR[:4], "--set", "drop=0.01", "--set", "epochs=0", "--limit", "30", "--test", "test.npz", "-q", "-o", "out"]
+    )
+    assert code == 3
+    assert "cannot be resolved on 30 clean images" in capsys.readouterr().err
+
+
+def test_poison_train_and_repair_chain(files, capsys):
+    assert run(["poison", "test.npz", "--set", "rate=0.2", "-o", "p", "-q"]) == 0
+    card = json.loads((files / "p" / "card.json").read_text())
+    assert card["poisoned"] == 24
+    train = ["train", "p/data.npz", "--arch", "convnet", "--set", "width=4", "--set", "epochs=3", "--set", "lr=0.1"]
+    assert run([*train, "--test", "test.npz", "--trigger", "p/trigger", "-o", "v", "-q", "--checkpoint", "c.pt"]) == 0
+    record = json.loads((files / "v" / "result.json").read_text())
+    assert record["kind"] == "train"
+    assert record["after"]["attack_success"]["n"] == 80
+    assert run(["report", "v", "--format", "md"]) == 0
+    assert "accuracy" in capsys.readouterr().out.lower()
+
+
+def test_poison_is_reproducible(files):
+    for folder in ("a", "b"):
+        assert run(["poison", "test.npz", "--method", "blended", "-o", folder, "-q"]) == 0
+    for name in ("data.npz", "card.json", "trigger/trigger.json", "trigger/trigger.safetensors"):
+        assert (files / "a" / name).read_bytes() == (files / "b" / name).read_bytes()
+
+
+def test_list_shows_settings_and_help_works(files, capsys):
+    assert run(["list", "repairs", "norm-pruning"]) == 0
+    assert "--set layers='late'" in capsys.readouterr().out
+    assert run(["repair", "--method", "norm-pruning", "--help"]) == 0
+    assert "layers" in capsys.readouterr().out
+
+
+def test_an_unexpected_error_is_not_mistaken_for_findings(files, capsys, monkeypatch):
+    monkeypatch.setattr("secateur.runs.repair", lambda *a, **k: 1 / 0)
+    assert run(REPAIR) == 2
+    assert "unexpected ZeroDivisionError" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        run([*REPAIR, "--debug"])
+
+
+def test_ctrl_c_exits_with_130(files, capsys, monkeypatch):
+    def stop(*a, **k):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("secateur.runs.repair", stop)
+    assert run(REPAIR) == 130

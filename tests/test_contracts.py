@@ -1,0 +1,142 @@
+"""Every row of every table keeps principle 1: pure, reproducible, leaves the model and the random state as they were."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from secateur import methods
+from secateur.measure import evaluate
+from secateur.state import generator
+from secateur.types import ChannelMask, ImageSet, Poisoning, Repaired, Scores, Trigger, WeightMask
+
+ROWS = methods.table()
+IDS = [f"{row.kind}-{row.name}" for row in ROWS]
+
+
+def mixed(model):
+    """A training model with a frozen batch-norm, a frozen parameter and a gradient that must survive."""
+    model = copy.deepcopy(model).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms[0].eval()
+    parameters = list(model.parameters())
+    parameters[0].requires_grad_(False)
+    parameters[-1].grad = torch.full_like(parameters[-1], 0.25)
+    return model
+
+
+def snapshot(model):
+    return {
+        "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "modes": {name: module.training for name, module in model.named_modules()},
+        "grads": {name: (p.requires_grad, None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()},
+        "hooks": {
+            name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+            for name, m in model.named_modules()
+        },
+    }
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def run(row, model, images):
+    """Call a row as its kind is called, with its test settings."""
+    first = (images,) if row.kind == "backdoor" else (model, images)
+    return row.load()(*first, **row.quick, generator=generator(3))
+
+
+def tensors(value):
+    """Every tensor in what a method returns, by name."""
+    if isinstance(value, Repaired):
+        parts = dict(value.model.state_dict())
+        return {**parts, **(tensors(value.mask) if value.mask is not None else {})}
+    if isinstance(value, ChannelMask | WeightMask):
+        return {f"keep/{name}": keep for name, keep in value.keep.items()}
+    if isinstance(value, Scores):
+        return dict(value.values)
+    assert isinstance(value, Poisoning)
+    return {"x": value.data.x, "y": value.data.y, "poisoned": value.poisoned, **value.trigger.tensors}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_the_model_and_the_random_state_are_left_alone(row, trained, images):
+    model = mixed(trained)
+    before, pixels, rng = snapshot(model), images.sha256, torch.get_rng_state()
+    run(row, model, images)
+    assert same(before, snapshot(model))
+    assert images.sha256 == pixels
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_the_same_generator_gives_the_same_result(row, trained, images):
+    model = mixed(trained)
+    first, second = tensors(run(row, model, images)), tensors(run(row, model, images))
+    assert first
+    assert same(first, second)
+    assert all(bool(t.isfinite().all()) for t in first.values() if t.is_floating_point())
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.kind == "repair"], ids=lambda row: row.name)
+def test_a_repair_returns_a_new_working_network(row, trained, images):
+    repaired = run(row, trained, images)
+    assert isinstance(repaired, Repaired)
+    assert repaired.model is not trained
+    assert not any(module.training for module in repaired.model.modules())
+    with torch.inference_mode():
+        answers = repaired.model(torch.rand(4, *images.shape))
+    assert answers.shape == (4, len(images.classes))
+    assert bool(answers.isfinite().all())
+    shared = {p.data_ptr() for p in repaired.model.parameters()} & {p.data_ptr() for p in trained.parameters()}
+    assert not shared
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.kind == "repair"], ids=lambda row: row.name)
+def test_a_repair_can_only_see_the_model_and_the_clean_images(row):
+    """No parameter through which test images, a trigger or a whole task could come in."""
+    import inspect
+
+    for name, parameter in inspect.signature(row.load()).parameters.items():
+        hint = str(parameter.annotation)
+        assert not any(word in f"{name} {hint}".lower() for word in ("test", "trigger", "task", "victim")), (
+            f"{row.name}: {name}"
+        )
+        if "ImageSet" in hint:
+            assert name == "clean" or (name == "suspect" and "suspect" in row.needs)
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.kind == "score"], ids=lambda row: row.name)
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_scores_have_the_shapes_of_what_they_score(row, granularity, trained, images):
+    scores = row.load()(trained, images, granularity=granularity, generator=generator(0))
+    assert isinstance(scores, Scores)
+    assert scores.granularity == granularity
+    parameters = dict(trained.net.named_parameters())
+    for name, values in scores.values.items():
+        wanted = parameters[name].shape if granularity == "weight" else parameters[f"{name}.weight"].shape[:1]
+        assert values.shape == wanted
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.kind == "backdoor"], ids=lambda row: row.name)
+def test_a_backdoor_returns_its_trigger_and_its_data(row, images):
+    poisoning = run(row, None, images)
+    assert isinstance(poisoning.trigger, Trigger)
+    assert isinstance(poisoning.data, ImageSet)
+    assert int(poisoning.poisoned.sum()) == round(row.quick["rate"] * len(images))
+    assert bool((poisoning.data.x != images.x).flatten(1).any(dim=1)[poisoning.poisoned].any())
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.kind == "backdoor"], ids=lambda row: row.name)
+def test_a_benign_network_does_not_follow_a_trigger_it_never_saw(row, trained, images):
+    """Negative control: the rate on a benign net is far from what a backdoor gives."""
+    rate = evaluate(trained, images, trigger=run(row, None, images).trigger).attack_success
+    assert rate.value < 0.7
