@@ -18,7 +18,7 @@ import numpy as np
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 ASSETS = Path(__file__).parents[1] / "src" / "secateur" / "data" / "assets"
-SPLITS = {"train": ("train", 600), "test": ("t10k", 200)}  # split -> (prefix of its files, images per class)
+SPLITS = {"train": ("train", 595), "test": ("t10k", 200)}  # split -> (prefix of its files, images per class)
 MAX_BYTES = 2_800_000
 
 README = """\

@@ -47,9 +47,7 @@ HOME = Path(__file__).parent
 ATTACKS = {"badnets": badnets, "blended": blended}
 SEEDS = (0, 1, 2)
 RATE, TARGET, CLEAN, JUDGE, TEST = 0.1, 0, 0.05, 0.2, 5000
-VICTIM = Recipe(
-    epochs=10, lr=0.4, schedule="triangle", milestones=(0.2,), augment=("crop", "flip"), precision="bfloat16"
-)
+VICTIM = Recipe(epochs=10, lr=0.4, schedule="triangle", milestones=(0.2,), augment=("crop", "flip"), precision="bfloat16")
 DROP = 0.1  # cut until accuracy on the clean images has fallen by this much, then heal
 EPOCHS, LR = 5, 0.02
 FINE_TUNING = {"fine-tuning alone": LR, "fine-tuning alone, small steps": LR / 4}
@@ -252,7 +250,15 @@ def write(store: str) -> None:
         "seconds_per_victim": {f"{r['attack']}-{r['seed']}": round(r["seconds"]) for r in found if r["name"] == "no repair"},
         "victim": asdict(VICTIM),
         "heal": asdict(healing(EPOCHS, LR)),
-        "settings": {"rate": RATE, "target": TARGET, "clean": CLEAN, "judge": JUDGE, "test": TEST, "drop": DROP, "seeds": SEEDS},
+        "settings": {
+            "rate": RATE,
+            "target": TARGET,
+            "clean": CLEAN,
+            "judge": JUDGE,
+            "test": TEST,
+            "drop": DROP,
+            "seeds": SEEDS,
+        },
     }
     (HOME / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", "utf-8")
     for attack in ATTACKS:

@@ -59,7 +59,7 @@ def unknown(what: str, value: str, allowed: Iterable[str]) -> str:
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise `MethodError` unless ``low <= value <= high``."""
     if not low <= value <= high:
-        raise MethodError(f"{name} must lie in [{low:g}, {high:g}], got {value:g}")
+        raise MethodError(f"{name} must lie in [{low:.10g}, {high:.10g}], got {value:.10g}")
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -69,6 +70,10 @@ class Recipe:
         check_range("momentum", self.momentum, 0, 1 - 1e-9)
         check_range("weight_decay", self.weight_decay, 0, 1e3)
         check_range("label_smoothing", self.label_smoothing, 0, 1 - 1e-9)
+        for milestone in self.milestones:
+            check_range("milestones", milestone, 0, 1)
+        if self.schedule == "triangle" and not self.milestones:
+            raise MethodError("milestones must hold the peak of a triangle, got none")
         check_choice("optimizer", self.optimizer, ("sgd", "adam", "adamw"))
         check_choice("schedule", self.schedule, ("constant", "cosine", "multistep", "triangle"))
         check_choice("precision", self.precision, ("float32", "bfloat16"))
@@ -114,7 +119,7 @@ class _Run:
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             known = state["fingerprint"]
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError) as error:
+        except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise ModelError(
                 f"cannot resume from '{path}': it is not a training checkpoint; delete it to start anew"
             ) from error

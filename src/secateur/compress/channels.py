@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from ..models.channels import shrink, trace_channels
 from ..prune.mask import carry_over
 from ..types import ChannelMask
@@ -44,11 +45,12 @@ def remove_channels(model: nn.Module, mask: ChannelMask, input_shape: tuple[int,
         input_shape: Shape of one image, ``(c, h, w)``.
 
     Raises:
-        ModelError: The network cannot be traced, or the mask names no site of it.
+        ModelError: The network cannot be traced, or the mask does not fit its sites.
     """
     graph = trace_channels(model, input_shape)
-    for name in mask.keep:
-        graph.site(name)
+    for name, keep in mask.keep.items():
+        if len(keep) != graph.site(name).channels:
+            raise ModelError(f"the mask of '{name}' must have {graph.site(name).channels} entries, got {len(keep)}")
     kept = graph.plan(mask.keep)
     small = shrink(model, kept, input_shape)
     left = carry_over(mask, kept)

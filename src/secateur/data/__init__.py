@@ -1,9 +1,28 @@
-"""Data."""
-from .augment import augment
+"""Images and triggers: reading them, sharing them out, augmenting and writing them.
+
+Everything lives in memory as uint8 tensors. Files are untrusted: whatever they hold, reading them gives a value or a
+`SecateurError`, and never runs code from them.
+"""
+
+from __future__ import annotations
+
+from ..types import ImageSet
+from .arrays import save_npz
+from .augment import augment, random_crop, random_flip
+from .readers import load_data
 from .splits import holdout, split_clean, stratified
-def load_data(path):
-    import numpy as np, torch
-    from ..types import ImageSet
-    file,_,split=path.rpartition(":")
-    with np.load(file) as d: x,y=d[f"{split}_x"],d[f"{split}_y"]
-    return ImageSet(torch.from_numpy(x).permute(0,3,1,2).contiguous(),torch.from_numpy(y.astype("int64")),tuple(str(i) for i in range(int(y.max())+1)),f"cifar10:{split}")
+from .triggers import load_trigger, save_trigger
+
+__all__ = [
+    "ImageSet",
+    "augment",
+    "holdout",
+    "load_data",
+    "load_trigger",
+    "random_crop",
+    "random_flip",
+    "save_npz",
+    "save_trigger",
+    "split_clean",
+    "stratified",
+]

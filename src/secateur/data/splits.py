@@ -1,4 +1,4 @@
-"""Splits by role: disjoint, stratified, shuffled."""
+"""Sharing images out by role, each share with the class shares of the whole."""
 
 from __future__ import annotations
 
@@ -12,51 +12,91 @@ from ..types import ImageSet
 
 
 def stratified(y: Tensor, sizes: Sequence[int], *, generator: torch.Generator) -> list[Tensor]:
-    """Draw disjoint index sets whose class shares follow those of ``y``.
+    """Draw disjoint sets of images whose class shares are as equal as possible.
 
-    The images are put in an order in which every stretch holds the classes in their shares, and cut from there.
+    Each set is drawn from what the earlier ones left: ``size * left_in_class / left`` images of every class, rounded by
+    the method of the largest remainder, ties broken at random. No class is off by one image or more.
 
     Args:
-        y: Labels, int64 ``(n,)``.
-        sizes: How many images each set gets, each >= 0, together at most ``n``.
-        generator: Draws which images, and their order.
+        y: Labels, int64 ``(n,)``, each >= 0.
+        sizes: How many images each set gets, each >= 0; together at most ``n``.
+        generator: Source of randomness, on the CPU.
 
     Returns:
-        One int64 tensor of indices per size.
+        Per set the indices into ``y``, int64 ``(size,)``, in random order.
 
     Raises:
-        DataError: More images are asked for than there are.
+        DataError: If more images are asked for than there are.
     """
-    if any(size < 0 for size in sizes) or sum(sizes) > len(y):
-        raise DataError(f"split sizes must be >= 0 and add up to at most {len(y)}, got {list(sizes)}")
-    order = torch.randperm(len(y), generator=generator)
-    labels = y.cpu()[order]
-    counts = labels.bincount()
-    places = torch.empty(len(y), dtype=torch.float64)
-    for label, count in enumerate(counts.tolist()):
-        ranks = torch.arange(count, dtype=torch.float64)
-        offset = torch.rand((), generator=generator, dtype=torch.float64)
-        places[labels == label] = (ranks + offset) / max(count, 1)
-    spread = order[places.argsort(stable=True)]
-    parts = spread[: sum(sizes)].split(list(sizes))
-    return [part[torch.randperm(len(part), generator=generator)] for part in parts]
+    if min(sizes, default=0) < 0 or sum(sizes) > len(y):
+        raise DataError(f"sizes must be >= 0 and sum to at most {len(y)} images, got {' + '.join(map(str, sizes))}")
+    pool = torch.randperm(len(y), generator=generator)
+    labels = y.cpu()
+    parts = []
+    for size in sizes:
+        drawn = _draw(labels[pool], size, generator)
+        parts.append(pool[drawn])
+        pool = pool[~drawn]
+    return parts
 
 
 def split_clean(data: ImageSet, share: float, *, generator: torch.Generator) -> tuple[ImageSet, ImageSet]:
-    """Split into the defender's clean images (``share`` of all) and the rest.
+    """Split off the clean images a defender gets.
 
     Args:
-        data: Images to split.
-        share: In [0, 1].
-        generator: Draws which images.
+        data: Images the victim was not trained on.
+        share: Share that becomes clean, in [0, 1]; at least one image must result.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        ``(clean, rest)``, both stratified and in random order; ``rest`` is empty for a share of 1.
+
+    Raises:
+        DataError: If the share comes to no image.
     """
     check_range("share", share, 0, 1)
-    count = round(share * len(data))
-    clean, rest = stratified(data.y, [count, len(data) - count], generator=generator)
+    size = round(share * len(data))
+    if size < 1:
+        raise DataError(f"a share of {share:g} of {len(data)} images is none; raise it to {1 / max(len(data), 1):.2g} or more")
+    clean, rest = stratified(data.y, [size, len(data) - size], generator=generator)
     return data.subset(clean, f"{data.name}, clean"), data.subset(rest, f"{data.name}, rest")
 
 
 def holdout(clean: ImageSet, share: float, *, generator: torch.Generator) -> tuple[ImageSet, ImageSet]:
-    """Split clean images into those a method may use and a hold-out (``share`` of them) to judge it on."""
-    held, fit = split_clean(clean, share, generator=generator)
-    return ImageSet(fit.x, fit.y, fit.classes, clean.name), ImageSet(held.x, held.y, held.classes, f"{clean.name}, hold-out")
+    """Split the clean images into those a repair learns from and those it judges itself by.
+
+    Args:
+        clean: The defender's images.
+        share: Share that is held out, in [0, 1]; both parts must get at least one image.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        ``(fit, hold)``, both stratified and in random order.
+
+    Raises:
+        DataError: If either part would be empty.
+    """
+    check_range("share", share, 0, 1)
+    size = round(share * len(clean))
+    if not 0 < size < len(clean):
+        raise DataError(
+            f"fit and hold-out need an image each, but a share of {share:g} of {len(clean)} images holds out {size}"
+        )
+    hold, fit = stratified(clean.y, [size, len(clean) - size], generator=generator)
+    return clean.subset(fit), clean.subset(hold, f"{clean.name}, hold-out")
+
+
+def _draw(y: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Mark the first images of each class up to its quota, bool ``(n,)``."""
+    counts = y.bincount()
+    quota = counts * size // max(len(y), 1)
+    remainder = counts * size % max(len(y), 1)
+    shuffled = torch.randperm(len(counts), generator=generator)
+    ranked = shuffled[remainder[shuffled].argsort(descending=True, stable=True)]
+    quota[ranked[: size - int(quota.sum())]] += 1
+    by_class = y.argsort(stable=True)
+    start = counts.cumsum(0) - counts
+    sorted_y = y[by_class]
+    drawn = torch.zeros(len(y), dtype=torch.bool)
+    drawn[by_class] = torch.arange(len(y)) - start[sorted_y] < quota[sorted_y]
+    return drawn

@@ -35,7 +35,12 @@ def _outputs(model: nn.Module, data: ImageSet, trigger: Trigger | None, batch_si
         x = x.to(device)
         if trigger is not None:
             x = trigger.apply(x)
-        yield model(x.contiguous(memory_format=torch.channels_last)).argmax(dim=1).cpu()
+        logits = model(x.contiguous(memory_format=torch.channels_last))
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != len(x) or shape[1] < len(data.classes):
+            wanted = f"({len(x)}, {len(data.classes)} or more)"
+            raise ModelError(f"the network must answer with logits of shape {wanted}, got {shape}")
+        yield logits.argmax(dim=1).cpu()
 
 
 def predict(model: nn.Module, data: ImageSet, *, trigger: Trigger | None = None, batch_size: int = 512) -> Tensor:

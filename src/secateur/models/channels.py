@@ -37,11 +37,12 @@ POINTWISE_MODULES = (
     nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
 )  # fmt: skip
 POINTWISE_FUNCTIONS: frozenset[Any] = frozenset({
-    F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.gelu, F.silu, F.tanh, F.hardtanh, F.hardswish, F.dropout,
+    F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.gelu, F.silu, F.tanh, F.hardswish, F.dropout,
     F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.relu, torch.tanh,
-    "relu", "relu_", "tanh", "contiguous", "clone", "clamp_min",
+    "relu", "relu_", "tanh", "contiguous", "clone",
 })  # fmt: skip
-ADDITIONS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
+ADDITIONS_IN_PLACE: frozenset[Any] = frozenset({operator.iadd, "add_"})
+ADDITIONS: frozenset[Any] = frozenset({operator.add, torch.add, "add"}) | ADDITIONS_IN_PLACE
 Root = int
 Conditions = frozenset[str]
 
@@ -100,7 +101,8 @@ class ChannelGraph:
         """Return the channels that are silent for every reader under ``keep`` and may leave the network."""
         masked: dict[Root, set[str]] = {}
         for name, kept in keep.items():
-            for root in self.groups[name][~kept.cpu()].tolist():
+            roots, kept = self.groups[name], kept.cpu()
+            for root in set(roots[~kept].tolist()).difference(roots[kept].tolist()):
                 masked.setdefault(root, set()).add(name)
         return {
             root
@@ -237,13 +239,15 @@ def _module_step(follow: _Follower, name: str, value: _Value, shape: tuple[int, 
         return follow.write(name, module, value, shape)
     if isinstance(module, nn.Flatten):
         return _flatten(value, shape, module.start_dim)
+    if isinstance(module, nn.Hardtanh) and not module.min_val <= 0 <= module.max_val:
+        return None
     if isinstance(module, POINTWISE_MODULES):
         return _Value(value.roots, value.conditions, value.dim, shape, value.last)
     return None
 
 
 def _flatten(value: _Value, shape: tuple[int, ...], start: int) -> _Value | None:
-    if value.dim != 1 or start != 1 or len(shape) != 2:
+    if value.dim != 1 or start != 1 or len(shape) != 2 or shape[0] != value.shape[0]:
         return None
     times = shape[1] // len(value.roots)
     return _Value(
@@ -277,11 +281,17 @@ def _function_step(follow: _Follower, node: fx.Node, values: list[_Value], shape
     if target is torch.cat:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         return _concatenate(values, int(dim), shape)  # type: ignore[arg-type]
-    if target in (torch.flatten, "flatten", "view", "reshape") and len(shape) == 2:
+    if target in (torch.flatten, "flatten") or (target in ("view", "reshape") and _infers_length(node)):
         return _flatten(first, shape, 1)
     if target in ("mean", torch.mean) and first.dim == 1 and shape[:2] == first.shape[:2]:
         return _Value(first.roots, first.conditions, 1, shape)
     return None
+
+
+def _infers_length(node: fx.Node) -> bool:
+    """Return whether a view is ``(n, -1)``: a length written into the code would not fit the smaller network."""
+    sizes = node.args[1] if len(node.args) == 2 else node.args[1:]
+    return isinstance(sizes, tuple | list) and len(sizes) == 2 and bool(sizes[1] == -1)
 
 
 def _shape_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -291,10 +301,10 @@ def _shape_of(node: fx.Node) -> tuple[int, ...] | None:
 
 def _trace(net: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
     try:
-        traced = fx.symbolic_trace(net)
         device = next((p.device for p in net.parameters()), torch.device("cpu"))
         dtype = next((p.dtype for p in net.parameters()), torch.float32)
         with evaluating(net), torch.no_grad():
+            traced = fx.symbolic_trace(net)
             ShapeProp(traced).propagate(torch.zeros(2, *input_shape, device=device, dtype=dtype))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -330,12 +340,14 @@ def trace_channels(model: nn.Module, input_shape: tuple[int, int, int]) -> Chann
             follow.keep(incoming, f"read by '{node.name}', which is not followed")
             continue
         value = _step(follow, node, incoming, shape)
-        if value is None:
+        if value is None or len(value.roots) != shape[value.dim]:
             follow.keep(incoming, f"read by '{node.name}', which is not followed")
             value = _opaque(follow, node, shape)
         elif len(node.users) > 1:
             value.last = None  # more than one reader: a norm among them reads a stream, it does not finish this layer
         values[node] = value
+        if node.target in ADDITIONS_IN_PLACE and isinstance(node.args[0], fx.Node):
+            values[node.args[0]] = value
     return _finish(follow)
 
 
@@ -414,6 +426,10 @@ def _gone(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> set[Root]:
         gone.update(roots[~stays].tolist())
     for root in gone & graph.kept.keys():
         raise ModelError(f"a channel named for removal must stay: {graph.kept[root]}")
+    for site in graph.sites:
+        left = [i for i, root in enumerate(graph.groups[site.name].tolist()) if root not in gone]
+        if left != (sorted(set(kept[site.name].tolist())) if site.name in kept else list(range(site.channels))):
+            raise ModelError(f"'{site.name}' shares channels with other layers: all must keep the same ones")
     return gone
 
 

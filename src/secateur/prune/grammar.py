@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..errors import InconclusiveError, MethodError
+from ..errors import InconclusiveError, MethodError, check_range
 from ..measure import correct, paired_p, wilson
 from ..models.channels import trace_channels
 from ..train import OnStep, Recipe, train
@@ -124,7 +124,9 @@ def cut_until(
 
     Raises:
         InconclusiveError: The crossing is not significant.
+        MethodError: ``drop`` or ``step`` is out of range.
     """
+    check_range("drop", until.drop, 0, 1)
     before = correct(model, clean)
     chosen = ranking.cut(Fraction(0))
     path = [Candidate(0.0, 0, chosen, wilson(int(before.sum()), len(clean)))]
@@ -133,7 +135,7 @@ def cut_until(
         after = correct(apply_mask(model, mask, edit=edit), clean)
         path.append(Candidate(share, sum(removed(mask).values()), mask, wilson(int(after.sum()), len(clean))))
         lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
-        if lost - gained > until.drop * len(clean):
+        if lost - gained > until.drop * len(clean) + 1e-9:
             if paired_p(lost, gained) > SIGNIFICANCE:
                 raise InconclusiveError(
                     f"a drop of {until.drop:g} cannot be resolved on {len(clean)} clean images: {lost} lost against "

@@ -1,0 +1,162 @@
+"""Triggers come back as they were written; whatever lies on disk, nothing but a `SecateurError` comes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from secateur.data import load_trigger, save_trigger
+from secateur.errors import DataError, SecateurError
+from secateur.types import Trigger
+
+PATTERN = torch.linspace(0, 1, 27).view(3, 3, 3)
+BLEND = Trigger("blend", {"alpha": 0.5, "classes": 4}, {"mask": torch.ones(1, 3, 3), "pattern": PATTERN}, "next", (0, 2))
+ADD = Trigger("add", {"name": "sig"}, {"pattern": PATTERN - 0.5}, 3)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_trigger(BLEND, tmp_path / "trigger")
+    return tmp_path / "trigger"
+
+
+def edit(folder: Path, **changes: object) -> None:
+    record = json.loads((folder / "trigger.json").read_text())
+    (folder / "trigger.json").write_text(json.dumps(record | changes))
+
+
+def trigger_or_error(folder: Path) -> None:
+    try:
+        outcome = load_trigger(folder)
+    except SecateurError as error:
+        outcome = str(error)
+    assert isinstance(outcome, Trigger) or "\n" not in outcome
+
+
+@pytest.mark.parametrize("trigger", [BLEND, ADD], ids=["blend", "add"])
+def test_round_trip(tmp_path, trigger):
+    save_trigger(trigger, tmp_path)
+    back = load_trigger(tmp_path)
+    assert (back.kind, back.params, back.target, back.sources) == (
+        trigger.kind,
+        trigger.params,
+        trigger.target,
+        trigger.sources,
+    )
+    assert back.tensors.keys() == trigger.tensors.keys()
+    assert all(torch.equal(back.tensors[name], value) for name, value in trigger.tensors.items())
+    x = torch.rand(2, 3, 3, 3)
+    assert torch.equal(back.apply(x), trigger.apply(x))
+
+
+def test_equal_triggers_make_equal_files(tmp_path):
+    for name in ("a", "b"):
+        save_trigger(ADD, tmp_path / name)
+    for file in ("trigger.json", "trigger.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_parent_folder_is_accepted(folder):
+    assert load_trigger(str(folder.parent)).target == "next"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": 2}, "format 2, newer than 1; update secateur"),
+        ({"format": 0}, "no readable trigger"),
+        ({"format": "1"}, "no format number"),
+        ({"extra": 1}, "exactly"),
+        ({"kind": "blund"}, "unknown trigger kind 'blund'; did you mean 'blend'"),
+        ({"kind": ["blend"]}, "unknown trigger kind"),
+        ({"params": []}, "params must be an object"),
+        ({"params": {"alpha": 0.5, "classes": 4, "x": [1]}}, "parameter 'x' must be a finite number or a word"),
+        ({"params": {"alpha": float("nan"), "classes": 4}}, "'alpha' must be a finite number"),
+        ({"params": {"alpha": 1.5, "classes": 4}}, r"alpha .* must lie in \[0, 1\], got 1.5"),
+        ({"params": {"classes": 4}}, "alpha .* got None"),
+        ({"params": {"alpha": 0.5}}, "classes must be .* given for the target 'next', got None"),
+        ({"params": {"alpha": 0.5, "classes": 1}}, "classes must be a whole number >= 2"),
+        ({"target": -1}, "whole numbers >= 0 and <= 3, got -1"),
+        ({"target": 4}, "whole numbers >= 0 and <= 3, got 4"),
+        ({"target": True}, "got True"),
+        ({"target": "last"}, "got last"),
+        ({"target": None}, "got None"),
+        ({"sources": "all"}, "sources a list or null"),
+        ({"sources": []}, "at least one"),
+        ({"sources": [1, 1]}, "different classes"),
+        ({"sources": [1, "2"]}, "got 2"),
+        ({"sources": [9]}, "got 9"),
+    ],
+)
+def test_bad_records(folder, changes, words):
+    edit(folder, **changes)
+    with pytest.raises(DataError, match=words) as caught:
+        load_trigger(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"pattern": PATTERN}, "holds mask, pattern, got pattern"),
+        ({}, "got none"),
+        ({"mask": torch.ones(1, 3, 3), "pattern": PATTERN * 2}, r"pattern must .* \[0, 1\], got 0..2"),
+        ({"mask": torch.ones(1, 3, 3), "pattern": PATTERN / 0}, "pattern must be finite"),
+        ({"mask": -torch.ones(1, 3, 3), "pattern": PATTERN}, "mask must be finite and lie"),
+        ({"mask": torch.ones(1, 3, 4), "pattern": PATTERN}, r"mask must be \(1 or c, h, w\)"),
+        ({"mask": torch.ones(2, 3, 3), "pattern": PATTERN}, r"mask must be float \(1 or 3"),
+        ({"mask": torch.ones(1, 3, 3), "pattern": PATTERN.int()}, "pattern must be float"),
+        ({"mask": torch.ones(1, 3, 3), "pattern": PATTERN[0]}, "pattern must be float"),
+    ],
+)
+def test_bad_tensors(folder, tensors, words):
+    save_file(tensors, folder / "trigger.safetensors")
+    with pytest.raises(DataError, match=words):
+        load_trigger(folder)
+
+
+def test_missing_files(folder, tmp_path):
+    with pytest.raises(DataError, match=r"no readable trigger .*trigger.json is missing"):
+        load_trigger(tmp_path / "nowhere")
+    (folder / "trigger.safetensors").unlink()
+    with pytest.raises(DataError, match=r"trigger.safetensors is missing"):
+        load_trigger(folder)
+
+
+def test_a_bad_trigger_is_not_written(tmp_path):
+    with pytest.raises(DataError, match="alpha"):
+        save_trigger(Trigger("blend", {"alpha": 2}, BLEND.tensors, 0), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_folders_give_a_trigger_or_an_error(tmp_path, data):
+    save_trigger(BLEND, tmp_path)
+    file = tmp_path / data.draw(st.sampled_from(["trigger.json", "trigger.safetensors"]))
+    raw = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(data.draw(st.sampled_from([bytes(raw), bytes(raw[: len(raw) // 2])])))
+    trigger_or_error(tmp_path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(["format", "kind", "params", "target", "sources"]), value=json_values)
+def test_any_json_value_gives_a_trigger_or_an_error(tmp_path, key, value):
+    save_trigger(BLEND, tmp_path)
+    edit(tmp_path, **{key: value})
+    trigger_or_error(tmp_path)
