@@ -30,7 +30,7 @@ install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
 demo: $(VENV)/.installed
-	@OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/secateur demo
+	@$(BIN)/secateur demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(TEST_ARGS)

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from ..types import Result, Task
 
 NO_RUN_FLAGS = RunFlags()
-CLEAN_SHARE = 0.15
+CLEAN_SHARE = 0.25
 VICTIM: Mapping[str, Any] = {"epochs": 6, "lr": 0.2, "schedule": "triangle", "milestones": (0.25,)}
-RATE = 0.1
+RATE, TARGET = 0.1, 8
+HEAL: Mapping[str, Any] = {"epochs": 15, "lr": 0.08}
 # name, method, settings, note: the first is the repair, the others are what it is compared with
 REPAIRS: tuple[tuple[str, str, Mapping[str, Any], str], ...] = (
-    ("norm pruning", "norm-pruning", {}, "cuts the filters of smallest l1 norm in the late layers, then fine-tunes"),
-    ("random pruning", "norm-pruning", {"norm": "random"}, "control: cuts filters by chance, then fine-tunes"),
-    ("fine-tuning alone", "fine-tuning", {}, "control: cuts nothing"),
+    ("norm pruning", "norm-pruning", HEAL, "cuts the filters of smallest l1 norm in the late layers, then fine-tunes"),
+    ("random pruning", "norm-pruning", {"norm": "random", **HEAL}, "control: cuts filters by chance, then fine-tunes"),
+    ("fine-tuning alone", "fine-tuning", HEAL, "control: cuts nothing"),
 )
 BEFORE_AT_LEAST, AFTER_AT_MOST, DROP_AT_MOST = 0.90, 0.05, 0.03
 
@@ -65,11 +66,11 @@ def _victim(flags: RunFlags, device: str) -> tuple[Task, Classifier, float]:
 
     random = generator(flags.seed)
     clean, rest = split_clean(load_data("fashion-mini:train"), CLEAN_SHARE, generator=random)
-    poisoned = badnets(rest, rate=RATE, target=0, generator=random)
+    poisoned = badnets(rest, rate=RATE, target=TARGET, generator=random)
     task = Task(clean=clean, train=poisoned.data, test=load_data("fashion-mini:test"), trigger=poisoned.trigger)
     if not flags.quiet:
         marked = int(poisoned.poisoned.sum())
-        say(f"{len(rest)} images of clothes, {marked} of them with a white square and the label '{clean.classes[0]}'")
+        say(f"{len(rest)} images of clothes, {marked} of them with a white square and the label '{clean.classes[TARGET]}'")
     start = time.perf_counter()
     network = new_network(rest, "convnet", generator=random).to(device)
     with progress("training the victim", show=flags.progress) as on_step:

@@ -50,7 +50,8 @@ def norm_pruning(
         scope: One ranking per ``layer``, or one ``global`` over the chosen layers.
         order: Cut the ``smallest`` or the ``largest`` first.
         fraction: Share to cut, in [0, 1]; or
-        drop: cut until clean accuracy has fallen by this much, in [0, 1] (0.02 when neither is given).
+        drop: cut until clean accuracy has fallen by this much, in [0, 1],
+            *before* the fine-tuning (0.1 when neither is given).
         epochs: Epochs of fine-tuning; 0 leaves it out.
         lr: Learning rate of the fine-tuning.
         on_step: Progress of the fine-tuning.
@@ -73,4 +74,4 @@ def _amount(fraction: float | None, drop: float | None) -> Amount:
         raise MethodError(f"give fraction or drop, not both (got fraction={fraction:g} and drop={drop:g})")
     if fraction is not None:
         return Fraction(fraction)
-    return Until(0.02 if drop is None else drop)
+    return Until(0.1 if drop is None else drop)
