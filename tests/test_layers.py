@@ -10,10 +10,10 @@ import pytest
 import secateur
 
 ROOT = Path(secateur.__file__).parent
-ORDER = (
-    "errors types state data models intake forward attack measure train prune compress detect repair poison methods runs "
-    "bench report cli"
-).split()
+ORDER = [
+    *("errors", "types", "state", "data", "models", "intake", "forward", "attack", "measure", "train", "prune", "compress"),
+    *("detect", "repair", "poison", "methods", "runs", "bench", "report", "cli"),
+]
 BESIDE = {("bench", "report"), ("report", "bench")}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -1,17 +1,17 @@
 """Source 1's comparison: where to prune, by which norm, and what fine-tuning adds (Mishra et al., IC3 2023).
 
     python results/norm-pruning/study.py run --data cifar10.npz --store FOLDER     # resumes; two workers of one thread
-    python results/norm-pruning/study.py table --store FOLDER                       # writes README.md, cells.csv, provenance.json
+    python results/norm-pruning/study.py table --store FOLDER                       # writes the tables beside this script
 
 ``cifar10.npz`` holds ``train_x train_y test_x test_y`` (uint8 NHWC). Each victim is a ResNet-20 of width 8, trained on 95 % of
 the training images with 10 % of them poisoned; the defender holds the other 5 %. Of these, four fifths choose the cut and heal,
 and one fifth judges the row that is recommended. Test images and trigger only measure.
 
-A pilot on one other victim per attack (other split, seed 0) set the learning rate of the fine-tuning and the drop.
+A pilot on one other victim per attack (another split, seed 0) set the learning rate of the fine-tuning and the drop.
 
-THE RULE, stated before any result of this study was looked at: of all rows that prune by a norm and fine-tune, take those whose accuracy on the
-judging images, averaged over the seeds, is at most 1 point below that of their victims (if there is none, the one with the
-highest); among these the one that cuts the largest share of all weights, averaged over the seeds.
+THE RULE, stated before any result of this study was looked at: of all rows that prune by a norm and fine-tune, take those whose
+accuracy on the judging images, averaged over the seeds, is at most 1 point below that of their victims (if there is none, the
+one with the highest); among these the one that cuts the largest share of all weights, averaged over the seeds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from secateur import __version__, runs
-from secateur.data import load_data, split_clean, stratified
+from secateur.data import load_data
 from secateur.measure import Evaluation, correct, evaluate
 from secateur.models import Classifier
 from secateur.poison import badnets, blended
@@ -76,13 +76,32 @@ def cells() -> Iterator[tuple[str, str, str]]:
                 yield "weight", norm, place
 
 
+def spread(y: torch.Tensor, sizes: list[int], random: torch.Generator) -> list[torch.Tensor]:
+    """Draw disjoint stratified index sets, exactly as for the committed results (made before `secateur.data.stratified`)."""
+    order = torch.randperm(len(y), generator=random)
+    labels = y[order]
+    places = torch.empty(len(y), dtype=torch.float64)
+    for label, count in enumerate(labels.bincount().tolist()):
+        offset = torch.rand((), generator=random, dtype=torch.float64)
+        places[labels == label] = (torch.arange(count, dtype=torch.float64) + offset) / count
+    parts = order[places.argsort(stable=True)][: sum(sizes)].split(sizes)
+    return [part[torch.randperm(len(part), generator=random)] for part in parts]
+
+
+def split(data: ImageSet, share: float, random: torch.Generator) -> tuple[ImageSet, ImageSet]:
+    """Split off a share."""
+    size = round(share * len(data))
+    first, rest = spread(data.y, [size, len(data) - size], random)
+    return data.subset(first), data.subset(rest)
+
+
 def sample(seed: int, data: str) -> tuple[ImageSet, ImageSet, ImageSet, ImageSet]:
     """Return the victim's training images, the defender's, the judging ones and the test images."""
     random = generator(1000 + seed)
-    clean, rest = split_clean(load_data(f"{data}:train"), CLEAN, generator=random)
-    judge, clean = split_clean(clean, JUDGE, generator=random)
+    clean, rest = split(load_data(f"{data}:train"), CLEAN, random)
+    judge, clean = split(clean, JUDGE, random)
     test = load_data(f"{data}:test")
-    return rest, clean, judge, test.subset(stratified(test.y, [TEST], generator=random)[0])
+    return rest, clean, judge, test.subset(spread(test.y, [TEST], random)[0])
 
 
 def make_victim(attack: str, seed: int, data: ImageSet, folder: Path) -> tuple[Classifier, Poisoning]:

@@ -30,7 +30,17 @@ _HOMES = {
     "ImageSet": "types",
     "Task": "types",
 }
-__all__ = [*sorted(_HOMES), "__version__"]
+__all__ = [
+    "ImageSet",
+    "Recipe",
+    "Task",
+    "__version__",
+    "evaluate",
+    "load",
+    "load_data",
+    "load_trigger",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

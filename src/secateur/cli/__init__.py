@@ -6,13 +6,15 @@ Commands are imported when they are called, so ``--help`` and ``list`` start wit
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cyclopts import App, CycloptsError
 
 from .. import __version__
 from ..errors import SecateurError
+from ..methods import Kind, get
 from .console import complain
+from .listing import details
 
 COMMANDS = {
     "demo": ("secateur.cli.demo:demo", "Watch a backdoored network being made, measured, cut, healed and proved."),
@@ -22,21 +24,31 @@ COMMANDS = {
     "report": ("secateur.cli.report:report", "Show a result again, as text, HTML, Markdown or JSON."),
     "list": ("secateur.cli.listing:list_methods", "List the methods of one kind, or all settings of one method."),
 }
+METHODS_OF: Mapping[str, Kind] = {"repair": "repair", "poison": "backdoor"}
 EXIT_UNEXPECTED = 2
 EXIT_INTERRUPTED = 130
 
 
-def app() -> App:
-    """Build the command-line application."""
+def app(arguments: Sequence[str] = ()) -> App:
+    """Build the command-line application; with ``--method NAME`` in the arguments, help tells that method's settings."""
     root = App(
         name="secateur",
         help="Audit, repair by pruning, compress and prove: for networks somebody else trained.",
         version=f"secateur {__version__}",
         help_format="plaintext",
+        suppress_keyboard_interrupt=False,
     )
     for name, (target, text) in COMMANDS.items():
-        root.command(target, name=name, help=text, help_format="plaintext")
+        root.command(target, name=name, help=text, help_format="plaintext", help_epilogue=_settings(name, arguments))
     return root
+
+
+def _settings(verb: str, arguments: Sequence[str]) -> str | None:
+    """Return the settings of the method that the arguments name, for the end of a verb's help."""
+    if verb not in METHODS_OF or verb not in arguments or "--help" not in arguments or "--method" not in arguments[:-1]:
+        return None
+    name = arguments[arguments.index("--method") + 1]
+    return details(get(METHODS_OF[verb], name))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,7 +61,7 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = app()(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        code = app(arguments)(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except SecateurError as error:
         if debug:
             raise
