@@ -91,8 +91,8 @@ def test_loads_as_what_it_is(file, tmp_path):
     assert torch.equal(back(x), model(x))
 
 
-def test_every_file_is_listed():
-    assert {file.name for file in (Path(DATA or "") / "checkpoints").iterdir()} == set(CHECKPOINTS)
+def test_every_file_is_there():
+    assert {file.name for file in (Path(DATA or "") / "checkpoints").iterdir()} >= set(CHECKPOINTS)
 
 
 @pytest.mark.parametrize("file", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in MEASURED])
