@@ -44,9 +44,10 @@ def results_table() -> str:
     shown = {
         "no repair": {"name": "no repair"},
         "fine-tuning alone": {"name": "fine-tuning alone"},
+        "l2 filters, early third, then fine-tuning": _cut("channel", "l2", "early third"),
+        "l2 filters, middle third, then fine-tuning": _cut("channel", "l2", "middle third"),
+        "l2 filters, late third, then fine-tuning": _cut("channel", "l2", "late third"),
         "random filters, late third, then fine-tuning": _cut("channel", "random", "late third"),
-        "**l1 filters, early third, then fine-tuning**": _cut("channel", "l1", "early third"),
-        "**l1 filters, late third, then fine-tuning**": _cut("channel", "l1", "late third"),
     }
     lines = ["| repair | BadNets: accuracy | ASR (worst) | Blended: accuracy | ASR (worst) |", "|---|---|---|---|---|"]
     for title, wanted in shown.items():
