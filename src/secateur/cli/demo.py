@@ -25,9 +25,9 @@ RATE, TARGET = 0.1, 8
 HEAL: Mapping[str, Any] = {"epochs": 15, "lr": 0.08}
 # name, method, settings, note: the first is the repair, the others are what it is compared with
 REPAIRS: tuple[tuple[str, str, Mapping[str, Any], str], ...] = (
-    ("norm pruning", "norm-pruning", HEAL, "cuts the filters of smallest l1 norm in the late layers, then fine-tunes"),
-    ("random pruning", "norm-pruning", {"norm": "random", **HEAL}, "control: cuts filters by chance, then fine-tunes"),
-    ("fine-tuning alone", "fine-tuning", HEAL, "control: cuts nothing"),
+    ("norm pruning", "norm-pruning", HEAL, "late filters of small l1 norm"),
+    ("random pruning", "norm-pruning", {"norm": "random", **HEAL}, "control: late filters by chance"),
+    ("fine-tuning alone", "fine-tuning", HEAL, "control: nothing cut"),
 )
 BEFORE_AT_LEAST, AFTER_AT_MOST, DROP_AT_MOST = 0.90, 0.05, 0.03
 
