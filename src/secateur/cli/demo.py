@@ -53,7 +53,10 @@ def demo(*, output: Output = None, run_flags: RunFlags = NO_RUN_FLAGS) -> int:
     if not run_flags.quiet:
         say(f"{time.perf_counter() - start:.0f} s in all. Open {home / 'report.html'}, or repair the victim yourself:")
         say(f"  cd {home}; secateur repair victim --data clean.npz --test test.npz --trigger trigger -o mine")
-    return _verdict(result)
+    if result.checks[-1]["status"] == "ok":
+        return 0
+    complain(f"the demonstration missed its target: {result.checks[-1]['why']}")
+    return 1
 
 
 def _victim(flags: RunFlags, device: str) -> tuple[Task, Classifier, float]:
@@ -107,7 +110,8 @@ def _record(result: Result, runs: Mapping[str, RepairRun], task: Task, trained: 
     details = {**result.details, "compared": compared, "trigger": picture(task.trigger, task.test)}
     limitations = ["The victim was trained for this demonstration, on a small set.", *result.limitations]
     cost = {**result.cost, "training_seconds": trained}
-    return replace(result, kind="demo", details=details, limitations=limitations, cost=cost)
+    checks = [*result.checks, _target(result)]
+    return replace(result, kind="demo", checks=checks, details=details, limitations=limitations, cost=cost)
 
 
 def _write(home: Any, result: Result, chosen: RepairRun, victim: Classifier, task: Task) -> None:
@@ -125,14 +129,15 @@ def _write(home: Any, result: Result, chosen: RepairRun, victim: Classifier, tas
     write_result(result, home)
 
 
-def _verdict(result: Result) -> int:
+def _target(result: Result) -> dict[str, Any]:
+    """Return the demonstration's own gate as a check of the record."""
     before, after = result.before, result.after
     drop = before["accuracy"]["value"] - after["accuracy"]["value"]
     asr = before["attack_success"]["value"], after["attack_success"]["value"]
-    if asr[0] >= BEFORE_AT_LEAST and asr[1] <= AFTER_AT_MOST and drop <= DROP_AT_MOST:
-        return 0
-    complain(
-        f"the demonstration missed its target: attack success {asr[0]:.3f} -> {asr[1]:.3f} (wanted >= {BEFORE_AT_LEAST} -> "
-        f"<= {AFTER_AT_MOST}), accuracy {-drop:+.3f} (wanted >= -{DROP_AT_MOST})"
+    met = asr[0] >= BEFORE_AT_LEAST and asr[1] <= AFTER_AT_MOST and drop <= DROP_AT_MOST
+    why = (
+        f"attack success should fall from at least {100 * BEFORE_AT_LEAST:g} % to at most {100 * AFTER_AT_MOST:g} % "
+        f"at no more than {100 * DROP_AT_MOST:g} points of accuracy"
     )
-    return 1
+    metrics = {"attack_success_before": asr[0], "attack_success_after": asr[1], "accuracy_drop": drop}
+    return {"id": "demo-target", "status": "ok" if met else "finding", "why": why, "metrics": metrics, "seconds": 0.0}

@@ -67,10 +67,10 @@ def repair(
     with progress(f"repairing with {method}", show=run_flags.progress) as on_step:
         run = runs.repair(
             network,
-            load_data(data, size=size, limit=limit),
+            load_data(data, size=size, classes=network.classes, limit=limit),
             method=method,
             arguments=arguments,
-            test=load_data(test, size=size) if test else None,
+            test=load_data(test, size=size, classes=network.classes) if test else None,
             trigger=load_trigger(trigger) if trigger else None,
             seed=run_flags.seed,
             command=["secateur", *sys.argv[1:]],
