@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from secateur.errors import ModelError, RefusedError, SecateurError
 from secateur.models import Classifier, build, load_bundle, load_masks, read_arch, save
-from secateur.models.channels import shrink
+from secateur.models.shrink import shrink
 from secateur.types import ChannelMask, WeightMask
 
 SHAPE = (1, 8, 8)

@@ -202,6 +202,7 @@ def test_tables_and_drawings_are_accessible() -> None:
     assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in drawings)
 
 
+@pytest.mark.slow
 def test_pages_of_monstrous_records_stay_small() -> None:
     shown, nasty = record(), "'" * 3000
     shown["details"]["layers"] = [{"name": f"{i}{nasty}"[:400], "total": 9, "removed": 3} for i in range(5000)]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..models.channels import shrink, trace_channels
+from ..models.channels import trace_channels
+from ..models.shrink import shrink
 from ..prune.mask import carry_over
 from ..types import ChannelMask
 

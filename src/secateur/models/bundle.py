@@ -150,7 +150,7 @@ def _rebuild(fields: Mapping[str, Any], factory: str | Callable[[], nn.Module] |
     arch = fields["arch"]
     net = _from_factory(arch["factory"], factory) if arch["factory"] else skeleton(arch["name"], arch["kwargs"])
     if fields["channels"]:
-        from .channels import shrink
+        from .shrink import shrink
 
         kept = {site: torch.tensor(indices) for site, indices in fields["channels"].items()}
         c, h, w = fields["input"]["shape"]

@@ -5,7 +5,7 @@ norms, activations, additions and concatenations to the layers that read it. Fro
 
 * the *sites*: the last affine module on a channel, whose zeroed weight and bias silence it (principle 4);
 * the *groups*: channels that several layers write together (a residual stream) and that can only leave together;
-* `shrink`, which takes channels out of a network for good.
+* the plan by which `shrink` takes channels out of a network for good.
 
 "Masked = removed" holds because a channel counts as removable under a mask only when every value of it that some layer reads
 is zero under that mask.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,15 +70,18 @@ class ChannelGraph:
         groups: Site -> ``(channels,)`` int64: equal numbers, here or at another site, are one channel.
         kept: Channel number -> why it cannot be taken out of the network.
         answers: The channels that are the network's output.
+        inputs: Layer -> the channel number at each position that it reads.
+        outputs: Layer or norm -> the channel number at each position that it writes or passes on.
+        conditions: Channel number -> for each value of it that is read, the sites that silence it together.
     """
 
     sites: tuple[Site, ...]
     groups: Mapping[str, Tensor]
     kept: Mapping[Root, str]
     answers: frozenset[Root]
-    _inputs: Mapping[str, Tensor]
-    _outputs: Mapping[str, Tensor]
-    _conditions: Mapping[Root, tuple[Conditions, ...]]
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    conditions: Mapping[Root, tuple[Conditions, ...]]
 
     def site(self, name: str) -> Site:
         """Return the site called ``name``; raise `ModelError` when there is none."""
@@ -107,7 +109,7 @@ class ChannelGraph:
         return {
             root
             for root, names in masked.items()
-            if root not in self.kept and all(needed <= names for needed in self._conditions.get(root, ()))
+            if root not in self.kept and all(needed <= names for needed in self.conditions.get(root, ()))
         }
 
     def plan(self, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -116,7 +118,7 @@ class ChannelGraph:
         Every layer keeps at least one channel.
         """
         gone = self.removable(keep)
-        for roots in [*self._outputs.values(), *self._inputs.values()]:
+        for roots in [*self.outputs.values(), *self.inputs.values()]:
             if gone.issuperset(roots.tolist()):
                 gone.discard(int(roots[0]))
         return {
@@ -384,100 +386,7 @@ def _finish(follow: _Follower) -> ChannelGraph:
         groups={name: settle(roots) for name, roots in follow.site_roots.items()},
         kept=kept,
         answers=frozenset(follow.find(root) for root in follow.answers),
-        _inputs={name: settle(roots) for name, roots in follow.inputs.items()},
-        _outputs={name: settle(roots) for name, roots in follow.outputs.items()},
-        _conditions={root: tuple(needed) for root, needed in conditions.items()},
+        inputs={name: settle(roots) for name, roots in follow.inputs.items()},
+        outputs={name: settle(roots) for name, roots in follow.outputs.items()},
+        conditions={root: tuple(needed) for root, needed in conditions.items()},
     )
-
-
-def shrink(model: nn.Module, kept: Mapping[str, Tensor], input_shape: tuple[int, int, int]) -> nn.Module:
-    """Return a copy of ``model`` without the channels that ``kept`` leaves out.
-
-    Args:
-        model: A network, which is not changed.
-        kept: Site -> original indices that stay, as `ChannelGraph.plan` gives them; absent sites stay whole.
-        input_shape: Shape of one image, ``(c, h, w)``.
-
-    Raises:
-        ModelError: A site is unknown, an index is out of range, or a tied layer would keep other channels.
-    """
-    graph = trace_channels(model, input_shape)
-    gone = _gone(graph, kept)
-    small = deepcopy(model)
-    modules = dict(core(small).named_modules())
-    for name in {**graph._inputs, **graph._outputs}:
-        inputs = _remaining(graph._inputs.get(name), gone)
-        outputs = _remaining(graph._outputs.get(name), gone)
-        if inputs is not None or outputs is not None:
-            _slice(modules[name], outputs, inputs)
-    return small
-
-
-def _gone(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> set[Root]:
-    gone: set[Root] = set()
-    for name, index in kept.items():
-        roots = graph.groups[graph.site(name).name]
-        if index.numel() == 0 or not 0 <= int(index.min()) <= int(index.max()) < len(roots):
-            raise ModelError(
-                f"channels kept at '{name}' must be 1 to {len(roots)} indices in [0, {len(roots) - 1}], got {index.tolist()}"
-            )
-        stays = torch.zeros(len(roots), dtype=torch.bool)
-        stays[index] = True
-        gone.update(roots[~stays].tolist())
-    for root in gone & graph.kept.keys():
-        raise ModelError(f"a channel named for removal must stay: {graph.kept[root]}")
-    for site in graph.sites:
-        left = [i for i, root in enumerate(graph.groups[site.name].tolist()) if root not in gone]
-        if left != (sorted(set(kept[site.name].tolist())) if site.name in kept else list(range(site.channels))):
-            raise ModelError(f"'{site.name}' shares channels with other layers: all must keep the same ones")
-    return gone
-
-
-def _remaining(roots: Tensor | None, gone: set[Root]) -> Tensor | None:
-    """Return the positions of ``roots`` that stay, or None when all do."""
-    if roots is None or not gone.intersection(roots.tolist()):
-        return None
-    stay = [i for i, root in enumerate(roots.tolist()) if root not in gone]
-    if not stay:
-        raise ModelError("a layer would lose all its channels")
-    return torch.tensor(stay)
-
-
-def _slice(module: nn.Module, outputs: Tensor | None, inputs: Tensor | None) -> None:
-    """Cut one module in place to the positions given; None leaves that side whole."""
-
-    def cut(name: str, index: Tensor, dim: int) -> None:
-        tensor = getattr(module, name, None)
-        if isinstance(tensor, nn.Parameter):
-            setattr(
-                module,
-                name,
-                nn.Parameter(tensor.detach().index_select(dim, index.to(tensor.device)), tensor.requires_grad),
-            )
-        elif isinstance(tensor, Tensor):
-            setattr(module, name, tensor.index_select(dim, index.to(tensor.device)))
-
-    if outputs is not None:
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            cut(name, outputs, 0)
-    if inputs is not None:
-        cut("weight", inputs, 1)
-    _resize(module, outputs, inputs)
-
-
-def _resize(module: Any, outputs: Tensor | None, inputs: Tensor | None) -> None:
-    """Set the sizes that a module reports to those of its cut parameters."""
-    if outputs is not None:
-        for name in ("out_channels", "out_features", "num_features"):
-            if hasattr(module, name):
-                setattr(module, name, len(outputs))
-        if _was_depthwise(module):
-            module.in_channels = module.groups = len(outputs)
-    if inputs is not None:
-        for name in ("in_channels", "in_features"):
-            if hasattr(module, name):
-                setattr(module, name, len(inputs))
-
-
-def _was_depthwise(module: Any) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
