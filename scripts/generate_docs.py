@@ -58,8 +58,8 @@ def results_table() -> str:
             cells += [_spread([100 * float(r["accuracy"]) for r in mine]), f"{_spread(rates)} ({max(rates):.1f})"]
         lines.append("| " + " | ".join(cells) + " |")
     seeds = len({row["seed"] for row in rows})
-    n = rows[0]["accuracy_n"]
-    lines += ["", f"Percent, mean ± standard deviation over {seeds} victims; n = {n} test images each."]
+    n = f"accuracy on {rows[0]['accuracy_n']}, ASR on {rows[0]['attack_success_n']} test images per victim"
+    lines += ["", f"Percent, mean ± standard deviation over {seeds} victims; {n}."]
     return "\n".join(lines)
 
 

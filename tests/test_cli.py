@@ -62,11 +62,9 @@ def test_the_second_repair_remembers_the_first(files):
 
 
 def test_gates_exit_with_1_and_still_write(files, capsys):
-    assert run([*MEASURED, "--max-acc-drop", "-1"]) == 1
-    assert "gate failed: accuracy fell by" in capsys.readouterr().err
+    assert run([*MEASURED, "--max-asr", "0", "--set", "epochs=0"]) == 1
+    assert "gate failed: attack success is" in capsys.readouterr().err
     assert (files / "out" / "result.json").exists()
-    assert run([*REPAIR, "-o", "other", "--max-asr", "0.5"]) == 1
-    assert "--max-asr needs --trigger" in capsys.readouterr().err
 
 
 MISTAKES = [
@@ -86,6 +84,12 @@ MISTAKES = [
     (["repair", "victim", "--data", "clean.npz", "--trigger", "nowhere"], 2, "nowhere"),
     (["repair", "victim", "--data", "clean.npz", "-o", "clean.npz"], 2, "is a file"),
     (["repair", "victim", "--data", "clean.npz", "-o", "trigger"], 2, "not empty; use --overwrite"),
+    (["repair", "victim", "--data", "clean.npz", "--max-asr", "0.5"], 2, "--max-asr needs --trigger"),
+    (["repair", "victim", "--data", "clean.npz", "--max-acc-drop", "nan"], 2, "--max-acc-drop must lie in [0, 1]"),
+    (["repair", "victim", "--data", "clean.npz", "--test", "clean.npz"], 2, "all among the clean images"),
+    (["repair", "victim", "--data", "clean.npz", "--set", "layers=3"], 2, "unknown layer '3'"),
+    (["train", "clean.npz", "--arch", "convnet", "--set", "epochs=abc"], 2, "epochs must be of type int"),
+    (["train", "clean.npz", "--arch", "convnet", "--set", "epochs=2.5"], 2, "epochs must be of type int"),
     (["repair", "victim"], 2, "--data"),
     (["repair", "victim", "--dota", "clean.npz"], 2, "--data"),
     (["repiar"], 2, "repair"),

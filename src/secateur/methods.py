@@ -135,12 +135,12 @@ def settings(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if name not in annotations:
             raise MethodError(unknown(f"setting of '{method.name}'", name, annotations))
-        _check_type(name, value, annotations[name])
+        check_type(name, value, annotations[name])
     defaults = {p.name: ast.literal_eval(p.default) for p in known if p.default is not None}
     return {**defaults, **given}
 
 
-def _check_type(name: str, value: Any, annotation: str) -> None:
+def check_type(name: str, value: Any, annotation: str) -> None:
     """Raise `MethodError` when a number is asked for and something else was given."""
     accepted = {word: NUMBERS[word] for word in annotation.split(" | ") if word in NUMBERS}
     if len(accepted) != len(annotation.split(" | ")):

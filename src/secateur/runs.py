@@ -22,7 +22,7 @@ from torch import Tensor
 from . import __version__
 from .compress import Removal, remove_channels
 from .data import holdout
-from .errors import InconclusiveError, ModelError
+from .errors import DataError, InconclusiveError, ModelError
 from .measure import Evaluation, cost, evaluate, predict
 from .methods import get, settings
 from .models import Classifier, build, core
@@ -95,6 +95,11 @@ def repair(
     chosen = settings(row, arguments or {})
     random = generator(seed)
     seen, measured = (clean, test) if test is not None else holdout(clean, HOLDOUT, generator=random)
+    shared = _shared(seen, measured)
+    if shared == len(measured):
+        raise DataError(
+            "the test images are all among the clean images, which the repair sees; give others, or leave --test out"
+        )
     check_fit(model, measured)
     before = measure(model, measured, trigger)
     check_better_than_chance(before, measured)
@@ -117,7 +122,7 @@ def repair(
         after=measure(final, measured, trigger),
         cost={"seconds": seconds},
         checks=checks,
-        limitations=_limitations(test, trigger, measured),
+        limitations=_limitations(test, trigger, measured, shared),
         details=_details(model, repaired, removal),
     )
     return RepairRun(final, mask, result, step)
@@ -229,9 +234,10 @@ def check_better_than_chance(before: Mapping[str, Any], data: ImageSet) -> None:
     commonest = max(data.per_class()) / len(data)
     accuracy = before["accuracy"]
     if accuracy["low"] <= commonest:
+        remedy = "give more images" if accuracy["value"] > commonest else "check --mean, --std, the class order and the data"
         raise InconclusiveError(
-            f"accuracy on the given images is {100 * accuracy['value']:.1f} % (n={accuracy['n']}), no better than always "
-            f"answering the commonest class ({100 * commonest:.1f} %); check --mean, --std, the class order and the data"
+            f"accuracy on the given images is {100 * accuracy['value']:.1f} % (at least {100 * accuracy['low']:.1f} %, "
+            f"n={accuracy['n']}), no better than always answering the commonest class ({100 * commonest:.1f} %); {remedy}"
         )
 
 
@@ -285,8 +291,18 @@ def _describe(images: ImageSet) -> dict[str, Any]:
     return {"name": images.name, "n": len(images), "per_class": list(images.per_class()), "sha256": images.sha256}
 
 
-def _limitations(test: ImageSet | None, trigger: Trigger | None, measured: ImageSet) -> list[str]:
+def _shared(seen: ImageSet, measured: ImageSet) -> int:
+    """Return how many of the measured images are also among those that the repair sees."""
+    known = {image.numpy().tobytes() for image in seen.x}
+    return sum(image.numpy().tobytes() in known for image in measured.x)
+
+
+def _limitations(test: ImageSet | None, trigger: Trigger | None, measured: ImageSet, shared: int) -> list[str]:
     said = [ONE_SEED, "Robustness to adversarial examples was not measured."]
+    if shared:
+        said.append(
+            f"{shared} of {len(measured)} measured images are also among those that the repair saw: rates are optimistic."
+        )
     if test is None:
         said.append(f"No test images were given: accuracy is that on {len(measured)} clean images held out from the repair.")
     if trigger is None:
@@ -309,10 +325,14 @@ def _remove(repaired: Repaired, data: ImageSet) -> tuple[Classifier, Removal | N
     check = {
         "id": "masked-equals-removed",
         "status": "ok" if same == len(data) else "finding",
-        "why": "the network without the pruned channels gives the same answers as the masked one",
+        "why": "the network without the pruned channels gives the same answers as the masked one"
+        if same == len(data)
+        else f"removal changed {len(data) - same} answers, so the masked network was kept",
         "metrics": {"same": same / len(data), "n": len(data)},
         "seconds": time.perf_counter() - start,
     }
+    if same < len(data):
+        return repaired.model, None, [check]
     return removal.model, removal, [check]
 
 

@@ -45,7 +45,12 @@ def app(arguments: Sequence[str] = ()) -> App:
 
 def _settings(verb: str, arguments: Sequence[str]) -> str | None:
     """Return the settings of the method that the arguments name, for the end of a verb's help."""
-    if verb not in METHODS_OF or verb not in arguments or "--help" not in arguments or "--method" not in arguments[:-1]:
+    if (
+        verb not in METHODS_OF
+        or verb not in arguments
+        or not {"--help", "-h"} & set(arguments)
+        or "--method" not in arguments[:-1]
+    ):
         return None
     name = arguments[arguments.index("--method") + 1]
     return details(get(METHODS_OF[verb], name))

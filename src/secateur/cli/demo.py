@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from .console import complain, progress, say
@@ -52,7 +53,10 @@ def demo(*, output: Output = None, run_flags: RunFlags = NO_RUN_FLAGS) -> int:
     show(result, json=run_flags.json)
     if not run_flags.quiet:
         say(f"{time.perf_counter() - start:.0f} s in all. Open {home / 'report.html'}, or repair the victim yourself:")
-        say(f"  cd {home}; secateur repair victim --data clean.npz --test test.npz --trigger trigger -o mine")
+        settings = " ".join(f"--set {name}={value}" for name, value in HEAL.items())
+        say(
+            f"  cd {quote(str(home))}; secateur repair victim --data clean.npz --test test.npz --trigger trigger -o mine {settings}"
+        )
     if result.checks[-1]["status"] == "ok":
         return 0
     complain(f"the demonstration missed its target: {result.checks[-1]['why']}")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import MethodError, check_range
 from ..report import render, to_json
 from .console import complain, out, progress, say
 from .files import describe_input, run_folder, write_result
@@ -55,12 +56,17 @@ def repair(
         max_acc_drop: Exit with 1 when accuracy falls by more than this, e.g. 0.03.
     """
     folder = fresh(output, overwrite=run_flags.overwrite) if output else None
+    check_gates(max_asr, max_acc_drop, trigger)
     from .. import runs
     from ..data import load_data, load_trigger
     from ..methods import get, settings
 
     arguments = assignments(set)
     settings(get("repair", method), arguments)
+    if model.is_dir() and (model / "masks.safetensors").exists():
+        say(
+            "note: this bundle carries masks from an earlier repair, which this one does not hold: what was masked may come back"
+        )
     device = run_flags.set_up()
     network = model_flags.load(model).to(device)
     size = network.input_shape[1:] if resize else None
@@ -101,14 +107,22 @@ def show(result: Result, *, json: bool) -> None:
     out(text if json else render(json_format.loads(text), "text"))
 
 
+def check_gates(max_asr: float | None, max_acc_drop: float | None, trigger: Path | None) -> None:
+    """Raise `MethodError` for a gate that could never fail or never be judged."""
+    if max_asr is not None:
+        check_range("--max-asr", max_asr, 0, 1)
+        if trigger is None:
+            raise MethodError("--max-asr needs --trigger: without one attack success is not measured")
+    if max_acc_drop is not None:
+        check_range("--max-acc-drop", max_acc_drop, 0, 1)
+
+
 def gates(result: Result, *, max_asr: float | None, max_acc_drop: float | None) -> int:
     """Return 1 when a gate failed, 0 otherwise; each failure is told."""
     failed = []
     if max_asr is not None:
         measured = result.after["attack_success"]
-        if measured is None:
-            failed.append("--max-asr needs --trigger, and images to put it on")
-        elif measured["value"] > max_asr:
+        if measured["value"] > max_asr:
             failed.append(f"attack success is {measured['value']:.4f}, above --max-asr {max_asr:g}")
     if max_acc_drop is not None:
         drop = result.before["accuracy"]["value"] - result.after["accuracy"]["value"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MethodError, unknown
+from ..methods import check_type
 from .console import progress, say
 from .files import run_folder, write_result
 from .options import ModelFlags, Output, RunFlags, Settings, assignments, fresh, numbers, sides
@@ -86,13 +87,15 @@ def _split(given: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
 
     from ..train import Recipe
 
-    known = {field.name for field in fields(Recipe)}
+    known = {field.name: field.type for field in fields(Recipe)}
     kwargs = {name: given[name] for name in NOT_A_RECIPE if name in given}
     recipe = {name: value for name, value in given.items() if name not in kwargs}
     for name in recipe:
         if name not in known:
             raise MethodError(unknown("setting of train", name, [*known, *NOT_A_RECIPE]))
+        check_type(name, recipe[name], str(known[name]))
     for name in ("augment", "milestones"):
         if name in recipe:
-            recipe[name] = tuple(recipe[name].split("+")) if isinstance(recipe[name], str) else tuple(recipe[name])
+            value = recipe[name].split("+") if isinstance(recipe[name], str) else recipe[name]
+            recipe[name] = tuple(value) if isinstance(value, list | tuple) else (value,)
     return Recipe(**recipe), kwargs

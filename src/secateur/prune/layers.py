@@ -34,6 +34,8 @@ def choose_layers(model: nn.Module, layers: str | Sequence[str]) -> frozenset[st
     names = prunable_layers(model)
     if not names:
         raise MethodError("this network has no convolution or linear layer to prune")
+    if isinstance(layers, int):  # a layer of a Sequential may be called 3, which the command line reads as a number
+        layers = str(layers)
     if not isinstance(layers, str) or layers not in PLACES:
         chosen = [n.strip() for n in layers.split(",")] if isinstance(layers, str) else list(layers)
         for name in chosen:
