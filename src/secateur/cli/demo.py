@@ -54,9 +54,8 @@ def demo(*, output: Output = None, run_flags: RunFlags = NO_RUN_FLAGS) -> int:
     if not run_flags.quiet:
         say(f"{time.perf_counter() - start:.0f} s in all. Open {home / 'report.html'}, or repair the victim yourself:")
         settings = " ".join(f"--set {name}={value}" for name, value in HEAL.items())
-        say(
-            f"  cd {quote(str(home))}; secateur repair victim --data clean.npz --test test.npz --trigger trigger -o mine {settings}"
-        )
+        say(f"  cd {quote(str(home))}")
+        say(f"  secateur repair victim --data clean.npz --test test.npz --trigger trigger -o mine {settings}")
     if result.checks[-1]["status"] == "ok":
         return 0
     complain(f"the demonstration missed its target: {result.checks[-1]['why']}")

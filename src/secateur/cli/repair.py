@@ -64,9 +64,7 @@ def repair(
     arguments = assignments(set)
     settings(get("repair", method), arguments)
     if model.is_dir() and (model / "masks.safetensors").exists():
-        say(
-            "note: this bundle carries masks from an earlier repair, which this one does not hold: what was masked may come back"
-        )
+        say("note: the masks of an earlier repair are not held by this one: what was masked may come back")
     device = run_flags.set_up()
     network = model_flags.load(model).to(device)
     size = network.input_shape[1:] if resize else None

@@ -117,7 +117,7 @@ def cut_until(
 
     The scan stops at the first share at which the accuracy on ``clean`` is more than ``drop`` below that of ``model``;
     the share before it is the answer. The crossing must be real: an exact McNemar test (one-sided, 5 %) must show more images
-    lost than gained, or the set is too small to tell such a drop from chance.
+    lost than gained, or the set is too small to tell any drop from chance.
 
     Returns:
         The candidates in order, from nothing cut to the one that crossed, and the mask chosen.
