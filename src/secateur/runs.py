@@ -87,6 +87,7 @@ def repair(
         on_step: Progress of fine-tuning.
 
     Raises:
+        DataError: All test images are also among the clean ones.
         InconclusiveError: The network is no better than chance on the images.
         MethodError: Unknown method or setting.
         ModelError: The images do not fit the network.
@@ -100,6 +101,7 @@ def repair(
         raise DataError(
             "the test images are all among the clean images, which the repair sees; give others, or leave --test out"
         )
+    check_fit(model, seen)
     check_fit(model, measured)
     before = measure(model, measured, trigger)
     check_better_than_chance(before, measured)
