@@ -11,7 +11,23 @@ import secateur
 
 ROOT = Path(secateur.__file__).parent
 ORDER = [
-    *("errors", "types", "state", "data", "models", "intake", "forward", "attack", "measure", "train", "prune", "compress"),
+    *(
+        "errors",
+        "types",
+        "recipe",
+        "signatures",
+        "architectures",
+        "state",
+        "data",
+        "models",
+        "intake",
+        "forward",
+        "attack",
+        "measure",
+        "train",
+        "prune",
+        "compress",
+    ),
     *("detect", "repair", "poison", "methods", "runs", "bench", "report", "cli"),
 ]
 BESIDE = {("bench", "report"), ("report", "bench")}

@@ -12,16 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 from .errors import MethodError, unknown
+from .signatures import Parameter, check_type, first_sentence, signature
 
 Kind = Literal["backdoor", "evasion", "detector", "score", "repair", "compressor"]
 KINDS: tuple[Kind, ...] = ("backdoor", "evasion", "detector", "score", "repair", "compressor")
 ENTRY_POINTS = "secateur.methods"
-NUMBERS: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "None": (type(None),)}
 NOT_SETTINGS = frozenset({"generator", "on_step", "granularity"})
 
 
@@ -51,16 +49,6 @@ class Method:
         """Import and return the function."""
         module, _, function = self.target.partition(":")
         return getattr(importlib.import_module(module), function)
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One setting of a method as its source states it."""
-
-    name: str
-    annotation: str
-    default: str | None
-    help: str
 
 
 TABLE: tuple[Method, ...] = (
@@ -108,20 +96,13 @@ def get(kind: Kind, name: str) -> Method:
 
 def parameters(method: Method) -> tuple[Parameter, ...]:
     """Return a method's settings (its keyword-only parameters) from its source, without importing it."""
-    function = _definition(method.target)
-    described = _argument_docs(ast.get_docstring(function) or "")
-    found = []
-    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
-        if argument.arg not in NOT_SETTINGS or (argument.arg == "granularity" and method.kind == "repair"):
-            annotation = ast.unparse(argument.annotation) if argument.annotation else ""
-            text = None if default is None else ast.unparse(default)
-            found.append(Parameter(argument.arg, annotation, text, described.get(argument.arg, "")))
-    return tuple(found)
+    hidden = NOT_SETTINGS - ({"granularity"} if method.kind == "repair" else set())
+    return tuple(parameter for parameter in signature(method.target) if parameter.name not in hidden)
 
 
 def summary(method: Method) -> str:
     """Return the first sentence of a method's docstring."""
-    return (ast.get_docstring(_definition(method.target)) or "").partition("\n")[0]
+    return first_sentence(method.target)
 
 
 def settings(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,40 +119,3 @@ def settings(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
         check_type(name, value, annotations[name])
     defaults = {p.name: ast.literal_eval(p.default) for p in known if p.default is not None}
     return {**defaults, **given}
-
-
-def check_type(name: str, value: Any, annotation: str) -> None:
-    """Raise `MethodError` when a number is asked for and something else was given."""
-    accepted = {word: NUMBERS[word] for word in annotation.split(" | ") if word in NUMBERS}
-    if len(accepted) != len(annotation.split(" | ")):
-        return
-    if not any(type(value) in kinds for kinds in accepted.values()):
-        raise MethodError(f"{name} must be of type {annotation}, got {value!r}")
-
-
-@cache
-def _definition(target: str) -> ast.FunctionDef:
-    module, _, name = target.partition(":")
-    top, _, rest = module.partition(".")
-    spec = find_spec(top)
-    if spec is None or spec.origin is None:
-        raise MethodError(f"cannot find the source of '{target}'")
-    path = Path(spec.origin).parent.joinpath(*rest.split(".")).with_suffix(".py") if rest else Path(spec.origin)
-    for node in ast.parse(path.read_text("utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return node
-    raise MethodError(f"cannot find the source of '{target}'")
-
-
-def _argument_docs(docstring: str) -> dict[str, str]:
-    """Return what the Args section of a Google docstring says of each argument."""
-    section = docstring.partition("\nArgs:\n")[2].partition("\n\n")[0]
-    found: dict[str, str] = {}
-    name = ""
-    for line in section.splitlines():
-        if line.startswith("    ") and not line.startswith("     "):
-            name, _, text = line.strip().partition(": ")
-            found[name] = text
-        elif name:
-            found[name] += " " + line.strip()
-    return found

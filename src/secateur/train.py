@@ -14,80 +14,22 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import augment
-from .errors import DataError, MethodError, ModelError, check_choice, check_range
+from .errors import DataError, MethodError, ModelError
 from .models import core
+from .recipe import Recipe
 from .state import seeded
 from .types import ImageSet, to_float
 
 BatchHook = Callable[[Tensor, Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
 OnStep = Callable[[int, int], None]
 OnEpoch = Callable[[int, float, nn.Module], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Attributes:
-        epochs: Passes over the data, >= 0.
-        batch_size: Images a step, >= 1; an epoch is cut into equal batches of at most this size.
-        optimizer: ``sgd`` (with momentum), ``adam`` or ``adamw``.
-        lr: Largest learning rate, > 0.
-        momentum: Of SGD, in [0, 1).
-        nesterov: Nesterov momentum for SGD.
-        weight_decay: L2 penalty, >= 0.
-        schedule: ``constant``, ``cosine`` (to 0), ``multistep`` (x0.1 at each milestone) or ``triangle`` (up, then down to 0).
-        milestones: For ``multistep``, as shares of all steps; for ``triangle``, the first is the peak.
-        label_smoothing: In [0, 1).
-        augment: Names of batched augmentations: ``crop``, ``flip``.
-        precision: ``float32``, or ``bfloat16`` autocast where the machine gains from it.
-    """
-
-    epochs: int = 20
-    batch_size: int = 128
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    schedule: Literal["constant", "cosine", "multistep", "triangle"] = "cosine"
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    label_smoothing: float = 0.0
-    augment: tuple[str, ...] = ()
-    precision: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self) -> None:
-        check_range("epochs", self.epochs, 0, 100_000)
-        check_range("batch_size", self.batch_size, 1, 2**31)
-        check_range("lr", self.lr, 1e-12, 1e6)
-        check_range("momentum", self.momentum, 0, 1 - 1e-9)
-        check_range("weight_decay", self.weight_decay, 0, 1e3)
-        check_range("label_smoothing", self.label_smoothing, 0, 1 - 1e-9)
-        for milestone in self.milestones:
-            check_range("milestones", milestone, 0, 1)
-        if self.schedule == "triangle" and not self.milestones:
-            raise MethodError("milestones must hold the peak of a triangle, got none")
-        check_choice("optimizer", self.optimizer, ("sgd", "adam", "adamw"))
-        check_choice("schedule", self.schedule, ("constant", "cosine", "multistep", "triangle"))
-        check_choice("precision", self.precision, ("float32", "bfloat16"))
-
-    def factor(self, progress: float) -> float:
-        """Return the share of ``lr`` in force after ``progress`` in [0, 1] of all steps."""
-        if self.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * progress))
-        if self.schedule == "multistep":
-            return 0.1 ** sum(progress >= milestone for milestone in self.milestones)
-        if self.schedule == "triangle":
-            peak = self.milestones[0]
-            return progress / peak if progress < peak else (1 - progress) / (1 - peak)
-        return 1.0
 
 
 @dataclass

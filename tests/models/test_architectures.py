@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from secateur.architectures import resolve
 from secateur.errors import ModelError
 from secateur.models import ARCHITECTURES, Classifier, build, load_bundle, names, recognise, save
-from secateur.models.registry import resolve, shapes_of, skeleton
+from secateur.models.registry import shapes_of, skeleton
 
 THIN = {
     "convnet": {"width": 4},

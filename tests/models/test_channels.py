@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from test_architectures import THIN
 from torch import Tensor, nn
 
+from secateur.architectures import ARCHITECTURES
 from secateur.compress import remove_channels
 from secateur.errors import ModelError
 from secateur.models import build, names
 from secateur.models.channels import ChannelGraph, trace_channels
-from secateur.models.registry import ARCHITECTURES
 from secateur.models.shrink import shrink
 from secateur.prune import apply_mask
 from secateur.state import generator, seeded

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import MethodError, unknown
-from ..methods import check_type
+from ..errors import MethodError
+from ..recipe import Recipe, read_recipe
 from .console import progress, say
 from .files import run_folder, write_result
 from .options import ModelFlags, Output, RunFlags, Settings, assignments, fresh, numbers, sides
 from .repair import show
-
-if TYPE_CHECKING:
-    from ..train import Recipe
 
 NO_MODEL_FLAGS = ModelFlags()
 NO_RUN_FLAGS = RunFlags()
@@ -83,19 +80,5 @@ def train(
 
 def _split(given: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
     """Tell the recipe's settings from the architecture's."""
-    from dataclasses import fields
-
-    from ..train import Recipe
-
-    known = {field.name: field.type for field in fields(Recipe)}
     kwargs = {name: given[name] for name in NOT_A_RECIPE if name in given}
-    recipe = {name: value for name, value in given.items() if name not in kwargs}
-    for name in recipe:
-        if name not in known:
-            raise MethodError(unknown("setting of train", name, [*known, *NOT_A_RECIPE]))
-        check_type(name, recipe[name], str(known[name]))
-    for name in ("augment", "milestones"):
-        if name in recipe:
-            value = recipe[name].split("+") if isinstance(recipe[name], str) else recipe[name]
-            recipe[name] = tuple(value) if isinstance(value, list | tuple) else (value,)
-    return Recipe(**recipe), kwargs
+    return read_recipe({name: value for name, value in given.items() if name not in kwargs}), kwargs

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..architectures import architecture, resolve
 from ..errors import ModelError, RefusedError
 from ..models.bundle import load_bundle
 from ..models.factory import call_factory, import_factory, is_reference
-from ..models.registry import COUNTERS, architecture, fit, nearest, recognise, resolve, shapes_of, skeleton
+from ..models.registry import COUNTERS, fit, nearest, recognise, shapes_of, skeleton
 from ..models.weights import MAX_BYTES, assign, count_outputs, one_line, read_safetensors
 from ..models.wrapper import Classifier
 

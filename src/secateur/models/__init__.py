@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ..architectures import ARCHITECTURES, Architecture, names
 from .bundle import load_bundle, load_masks, save
 from .description import read_arch
-from .registry import ARCHITECTURES, Architecture, build, names, recognise
+from .registry import build, recognise
 from .wrapper import Classifier, core
 
 __all__ = [

@@ -15,11 +15,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..architectures import resolve
 from ..errors import ModelError, RefusedError
 from ..types import ChannelMask, HardMask, WeightMask
 from .description import FORMAT, check_arch, read_arch
 from .factory import call_factory, import_factory
-from .registry import Shapes, resolve, shapes_of, skeleton
+from .registry import Shapes, shapes_of, skeleton
 from .weights import assign, check_shapes, count_outputs, read_safetensors
 from .wrapper import Classifier
 

@@ -1,0 +1,370 @@
+"""A plan: which models, backdoors, repairs and seeds make up a table. Read from TOML and checked before anything runs.
+
+Nothing here imports torch, so that ``bench status`` and ``bench report`` answer at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..architectures import resolve
+from ..errors import DataError, MethodError, SecateurError, unknown
+from ..methods import Kind, get, parameters, settings
+from ..recipe import Recipe, read_recipe
+
+FORMAT = 1
+NONE = "none"
+METRICS = ("accuracy", "attack_success", "triggered_accuracy")
+DEVICES = ("cpu", "cuda")
+EMBEDDED = "fashion-mini"
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+AXES_KINDS: Mapping[str, Kind] = {"backdoor": "backdoor", "repair": "repair", "compress": "compressor"}
+TOP = ("format", "name", "victim_seeds", "repair_seeds", "threads", "device", "timeout", "memory", "train", "data", "model")
+KEYS = (*TOP, *AXES_KINDS, "measure", "reported")
+NOT_TRAINED = ("classes", "in_channels")  # what the data decide about a network
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One method or architecture with all its settings.
+
+    Attributes:
+        name: Its name in its table, or ``none``.
+        label: What the tables call it.
+        settings: Every setting with its value.
+        version: Version of the method; 0 for architectures and ``none``.
+    """
+
+    name: str
+    label: str
+    settings: Mapping[str, Any]
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """Which images.
+
+    Attributes:
+        train: What `load_data` reads for the images that victims are trained on; the defender's clean ones are held out of them.
+        test: Likewise, for measuring.
+        clean: Shares of the training images that the defender gets; the largest is held out, smaller ones are drawn from it.
+        train_limit: At most so many training images; None means all.
+        test_limit: Likewise.
+    """
+
+    train: str
+    test: str
+    clean: tuple[float, ...]
+    train_limit: int | None = None
+    test_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A number that somebody published: it stands beside what was measured and is never mixed with it.
+
+    Attributes:
+        source: Where it was published.
+        where: Column -> value, for the rows of the table that it belongs to.
+        values: Metric -> value in [0, 1].
+    """
+
+    source: str
+    where: Mapping[str, Any]
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole plan; every field is checked."""
+
+    name: str
+    data: DataPlan
+    models: tuple[Choice, ...]
+    backdoors: tuple[Choice, ...]
+    repairs: tuple[Choice, ...]
+    compressors: tuple[Choice, ...]
+    recipe: Recipe
+    victim_seeds: tuple[int, ...] = (0,)
+    repair_seeds: tuple[int, ...] = (0,)
+    threads: int = 1
+    device: str = "cpu"
+    timeout: float | None = None
+    memory: int | None = None
+    metrics: tuple[str, ...] = METRICS
+    reported: tuple[Reported, ...] = ()
+
+    def with_data(self, path: str | None) -> Plan:
+        """Return the plan with the images at ``path`` instead (``PATH:train`` and ``PATH:test``)."""
+        if path is None:
+            return self
+        return replace(self, data=replace(self.data, train=f"{path}:train", test=f"{path}:test"))
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan and check every name, setting and range in it.
+
+    Raises:
+        SecateurError: The file cannot be read, or breaks a rule; the message names file, rule, value and remedy.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read the plan {path}: {error.strerror}; name a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not valid TOML: {error}") from None
+    try:
+        return _plan(raw, path)
+    except SecateurError as error:
+        raise type(error)(f"{path.name}: {error}") from None
+
+
+def _plan(raw: Mapping[str, Any], path: Path) -> Plan:
+    _known("key", raw, KEYS)
+    form = raw.get("format")
+    if form != FORMAT:
+        raise MethodError(f"format must be {FORMAT}, got {form!r}" + ("; update secateur" if _is_newer(form) else ""))
+    recipe = read_recipe(_table(raw, "train"))
+    return Plan(
+        name=_typed("name", raw.get("name", path.name.partition(".")[0]), str),
+        data=_data(_table(raw, "data"), path.parent),
+        models=_unique("model", itertools.chain.from_iterable(_models(t) for t in _tables(raw, "model"))),
+        backdoors=_choices(raw, "backdoor"),
+        repairs=_choices(raw, "repair", optional=True),
+        compressors=_choices(raw, "compress", optional=True),
+        recipe=recipe,
+        victim_seeds=_seeds(raw, "victim_seeds"),
+        repair_seeds=_seeds(raw, "repair_seeds"),
+        threads=_at_least_1("threads", raw.get("threads", 1)),
+        device=_one_of("device", raw.get("device", "cpu"), DEVICES),
+        timeout=_seconds(raw.get("timeout")),
+        memory=_bytes(raw.get("memory")),
+        metrics=_metrics(_table(raw, "measure")),
+        reported=_reported(_table(raw, "reported"), path.parent),
+    )
+
+
+def _data(table: Mapping[str, Any], home: Path) -> DataPlan:
+    _known("key of [data]", table, ("name", "path", "train", "test", "clean", "train_limit", "test_limit"))
+    given = [key for key in ("name", "path", "train") if key in table]
+    if len(given) != 1 or ("train" in table) != ("test" in table):
+        raise MethodError("[data] needs name, or path, or train and test; got " + (", ".join(given) or "none"))
+    if "name" in table:
+        train = test = _one_of("name of [data]", table["name"], (EMBEDDED,))
+    else:
+        train, test = (_place(table.get(key, table.get("path")), home) for key in ("train", "test"))
+    if given != ["train"]:
+        train, test = f"{train}:train", f"{test}:test"
+    clean = table.get("clean", 0.05)
+    shares = tuple(float(_typed("clean", share, (int, float))) for share in (clean if isinstance(clean, list) else [clean]))
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise MethodError(f"clean must be shares in (0, 1), got {clean!r}")
+    limits = {
+        key: _at_least_1(f"{key} of [data]", table[key]) if key in table else None for key in ("train_limit", "test_limit")
+    }
+    return DataPlan(train, test, shares, **limits)
+
+
+def _place(value: Any, home: Path) -> str:
+    """Return a path of the plan, relative ones taken from the plan's own folder."""
+    text = _typed("path of [data]", value, str)
+    return text if text.startswith(EMBEDDED) else str(home / text)
+
+
+def _models(table: Mapping[str, Any]) -> Iterable[Choice]:
+    name = _name("model", table)
+    resolve(name, {})
+    for given, varied in _points(table, sequences=()):
+        for key in NOT_TRAINED:
+            if key in given:
+                raise MethodError(f"{key} of a [[model]] follows from the data; leave it out")
+        full = {key: value for key, value in resolve(name, given).items() if key not in NOT_TRAINED}
+        yield Choice(name, _label(table, name, given, varied), full)
+
+
+def _choices(raw: Mapping[str, Any], axis: str, *, optional: bool = False) -> tuple[Choice, ...]:
+    if optional and axis not in raw:
+        return (Choice(NONE, NONE, {}),) if axis == "compress" else ()
+    return _unique(axis, itertools.chain.from_iterable(_methods(axis, table) for table in _tables(raw, axis)))
+
+
+def _methods(axis: str, table: Mapping[str, Any]) -> Iterable[Choice]:
+    name = _name(axis, table)
+    if name == NONE:
+        if axis == "repair":
+            raise MethodError("[[repair]] 'none' is always part of the table; leave it out")
+        _known(f"key of [[{axis}]] none", table, ("name", "label"))
+        yield Choice(NONE, table.get("label", NONE), {})
+        return
+    method = get(AXES_KINDS[axis], name)
+    annotations = {parameter.name: parameter.annotation for parameter in parameters(method)}
+    sequences = {key for key, text in annotations.items() if "Sequence" in text or "tuple" in text}
+    for given, varied in _points(table, sequences):
+        full = {key: _number(value, annotations.get(key, "")) for key, value in settings(method, given).items()}
+        yield Choice(name, _label(table, name, given, varied), full, method.version)
+
+
+def _points(table: Mapping[str, Any], sequences: Iterable[str]) -> Iterable[tuple[dict[str, Any], list[str]]]:
+    """Yield every point of a table whose lists are axes, with the names of the axes.
+
+    A setting that is itself a sequence needs a list of lists to be an axis.
+    """
+    given = {key.replace("-", "_"): value for key, value in table.items() if key not in ("name", "label")}
+    axes = {
+        key: value
+        for key, value in given.items()
+        if isinstance(value, list) and (key not in sequences or any(isinstance(item, list) for item in value))
+    }
+    for key, values in axes.items():
+        if not values:
+            raise MethodError(f"{key} must hold at least one value, got []")
+    varied = [key for key, values in axes.items() if len(values) > 1]
+    for point in itertools.product(*axes.values()):
+        yield {**given, **dict(zip(axes, point, strict=True))}, varied
+
+
+def _label(table: Mapping[str, Any], name: str, given: Mapping[str, Any], varied: Iterable[str]) -> str:
+    """Return the given label followed by what varies, or the name followed by what was set."""
+    label = table.get("label")
+    shown = given if label is None else list(varied)
+    words = [f"{key}={_short(given[key])}" for key in shown]
+    return f"{label or name} ({', '.join(words)})" if words else _typed("label", label or name, str)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "+".join(map(_short, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _unique(axis: str, choices: Iterable[Choice]) -> tuple[Choice, ...]:
+    found = tuple(choices)
+    labels = [choice.label for choice in found]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise MethodError(f"two [[{axis}]] are called '{label}'; give them labels of their own")
+    return found
+
+
+def _metrics(table: Mapping[str, Any]) -> tuple[str, ...]:
+    _known("key of [measure]", table, ("metrics",))
+    return tuple(_one_of("metric", metric, METRICS) for metric in table.get("metrics", METRICS))
+
+
+def _reported(table: Mapping[str, Any], home: Path) -> tuple[Reported, ...]:
+    _known("key of [reported]", table, ("file",))
+    if "file" not in table:
+        return ()
+    path = home / _typed("file of [reported]", table["file"], str)
+    try:
+        raw = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the reported numbers in {path}: {error}") from None
+    found = []
+    for row in _tables(raw, "reported"):
+        _known("key of [[reported]]", row, ("source", "where", *METRICS))
+        values = {name: float(_typed(name, row[name], (int, float))) for name in METRICS if name in row}
+        if not values or not all(0 <= value <= 1 for value in values.values()):
+            raise MethodError(f"a [[reported]] row of {path.name} needs {' or '.join(METRICS)} in [0, 1]")
+        found.append(Reported(_typed("source", row.get("source"), str), _table(row, "where"), values))
+    return tuple(found)
+
+
+def _known(what: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    for name in given:
+        if name not in allowed:
+            raise MethodError(unknown(what, name, allowed))
+
+
+def _table(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = raw.get(key, {})
+    if not isinstance(value, dict):
+        raise MethodError(f"{key} must be a table: [{key}]")
+    return value
+
+
+def _tables(raw: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    value = raw.get(key)
+    if not isinstance(value, list) or not value or not all(isinstance(table, dict) for table in value):
+        raise MethodError(f"a plan needs at least one [[{key}]]")
+    return value
+
+
+def _name(axis: str, table: Mapping[str, Any]) -> str:
+    if "name" not in table:
+        raise MethodError(f"every [[{axis}]] needs a name")
+    return _typed(f"name of [[{axis}]]", table["name"], str)
+
+
+def _typed(what: str, value: Any, kind: type | tuple[type, ...]) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        words = " or ".join({"str": "text", "int": "a whole number"}.get(k.__name__, "a number") for k in _as_tuple(kind))
+        raise MethodError(f"{what} must be {words}, got {value!r}")
+    return value
+
+
+def _as_tuple(kind: type | tuple[type, ...]) -> tuple[type, ...]:
+    return kind[-1:] if isinstance(kind, tuple) else (kind,)
+
+
+def _one_of(what: str, value: Any, allowed: Iterable[str]) -> str:
+    if value not in allowed:
+        raise MethodError(unknown(what, str(value), allowed))
+    return value
+
+
+def _number(value: Any, annotation: str) -> Any:
+    """Return a whole number as a float where the method wants one, so that 1 and 1.0 are one node."""
+    return float(value) if annotation.partition(" | ")[0] == "float" and type(value) is int else value
+
+
+def _seeds(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = raw.get(key, [0])
+    if not isinstance(value, list) or not value or len(set(map(str, value))) < len(value):
+        raise MethodError(f"{key} must be a list of different seeds, got {value!r}")
+    for seed in value:
+        if type(seed) is not int or not 0 <= seed < 2**31:
+            raise MethodError(f"{key} must be whole numbers in [0, 2147483647], got {seed!r}")
+    return tuple(value)
+
+
+def _at_least_1(what: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise MethodError(f"{what} must be a whole number of at least 1, got {value!r}")
+    return value
+
+
+def _seconds(value: Any) -> float | None:
+    if value is None:
+        return None
+    if _typed("timeout", value, (int, float)) <= 0:
+        raise MethodError(f"timeout must be more than 0 seconds, got {value!r}")
+    return float(value)
+
+
+def _bytes(value: Any) -> int | None:
+    if value is None:
+        return None
+    text = _typed("memory", value, str)
+    for unit, size in UNITS.items():
+        number = text.removesuffix(unit).strip()
+        if text.endswith(unit) and number.replace(".", "", 1).isdecimal() and float(number) > 0:
+            return round(float(number) * size)
+    raise MethodError(f"memory must be like '4 GiB' or '512 MiB', got '{text}'")
+
+
+def _is_newer(value: Any) -> bool:
+    return type(value) is int and value > FORMAT
+
+
+def recipe_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain JSON values."""
+    values = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
