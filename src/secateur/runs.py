@@ -256,13 +256,12 @@ def tool() -> dict[str, Any]:
 def environment(model: torch.nn.Module) -> dict[str, Any]:
     """Return what a number may depend on besides its arguments."""
     device = next((p.device.type for p in model.parameters()), "cpu")
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "platform": platform.machine(),
-    }
+    return {**software(), "device": device, "threads": torch.get_num_threads()}
+
+
+def software() -> dict[str, str]:
+    """Return the versions and the kind of machine that a number may depend on."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.machine()}
 
 
 def picture(trigger: Trigger, data: ImageSet) -> dict[str, Any]:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
+
+_SCALE: ContextVar[float] = ContextVar("scale of batch sizes", default=1.0)
 
 
 @contextmanager
@@ -55,6 +58,21 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def smaller_batches(scale: float) -> Iterator[None]:
+    """Scale every batch size that asks `batch_size`, so that a run that needed too much memory can be tried again."""
+    token = _SCALE.set(_SCALE.get() * scale)
+    try:
+        yield
+    finally:
+        _SCALE.reset(token)
+
+
+def batch_size(wanted: int) -> int:
+    """Return how many images to take at once where ``wanted`` are normal."""
+    return max(1, int(wanted * _SCALE.get()))
 
 
 def generator(seed: int) -> torch.Generator:

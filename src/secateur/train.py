@@ -24,7 +24,7 @@ from .data import augment
 from .errors import DataError, MethodError, ModelError
 from .models import core
 from .recipe import Recipe
-from .state import seeded
+from .state import batch_size, seeded
 from .types import ImageSet, to_float
 
 BatchHook = Callable[[Tensor, Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
@@ -141,8 +141,9 @@ def _epoch(
     on_step: OnStep | None,
 ) -> None:
     run.model.train()
-    batches = torch.randperm(len(data), generator=run.generator).tensor_split(math.ceil(len(data) / recipe.batch_size))
-    steps, total = len(batches), torch.zeros((), device=data.x.device)
+    steps = math.ceil(len(data) / batch_size(recipe.batch_size))
+    batches = torch.randperm(len(data), generator=run.generator).tensor_split(steps)
+    total = torch.zeros((), device=data.x.device)
     for i, index in enumerate(batches):
         step = run.epoch * steps + i
         for group in run.optimizer.param_groups:

@@ -51,7 +51,7 @@ class DataPlan:
     """Which images.
 
     Attributes:
-        train: What `load_data` reads for the images that victims are trained on; the defender's clean ones are held out of them.
+        train: What `load_data` reads for victims' training images; the defender's clean ones are held out of them.
         test: Likewise, for measuring.
         clean: Shares of the training images that the defender gets; the largest is held out, smaller ones are drawn from it.
         train_limit: At most so many training images; None means all.
@@ -205,7 +205,7 @@ def _methods(axis: str, table: Mapping[str, Any]) -> Iterable[Choice]:
         return
     method = get(AXES_KINDS[axis], name)
     annotations = {parameter.name: parameter.annotation for parameter in parameters(method)}
-    sequences = {key for key, text in annotations.items() if "Sequence" in text or "tuple" in text}
+    sequences = {key for key, text in annotations.items() if _is_sequence(text)}
     for given, varied in _points(table, sequences):
         full = {key: _number(value, annotations.get(key, "")) for key, value in settings(method, given).items()}
         yield Choice(name, _label(table, name, given, varied), full, method.version)
@@ -214,7 +214,7 @@ def _methods(axis: str, table: Mapping[str, Any]) -> Iterable[Choice]:
 def _points(table: Mapping[str, Any], sequences: Iterable[str]) -> Iterable[tuple[dict[str, Any], list[str]]]:
     """Yield every point of a table whose lists are axes, with the names of the axes.
 
-    A setting that is itself a sequence needs a list of lists to be an axis.
+    A setting that is always a sequence needs a list of lists to be an axis.
     """
     given = {key.replace("-", "_"): value for key, value in table.items() if key not in ("name", "label")}
     axes = {
@@ -228,6 +228,12 @@ def _points(table: Mapping[str, Any], sequences: Iterable[str]) -> Iterable[tupl
     varied = [key for key, values in axes.items() if len(values) > 1]
     for point in itertools.product(*axes.values()):
         yield {**given, **dict(zip(axes, point, strict=True))}, varied
+
+
+def _is_sequence(annotation: str) -> bool:
+    """Whether a setting is always a sequence, so that a flat list is one value of it."""
+    kinds = annotation.split(" | ")
+    return any(kind.startswith(("Sequence", "tuple", "list")) for kind in kinds) and not {"str", "int", "float"} & set(kinds)
 
 
 def _label(table: Mapping[str, Any], name: str, given: Mapping[str, Any], varied: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import state
 from ..errors import DataError, InconclusiveError, ModelError
 from ..state import evaluating
 from ..types import ImageSet, Rate, Trigger
@@ -31,7 +32,7 @@ class Evaluation:
 
 def _outputs(model: nn.Module, data: ImageSet, trigger: Trigger | None, batch_size: int) -> Iterator[Tensor]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    for x, _ in data.batches(batch_size):
+    for x, _ in data.batches(state.batch_size(batch_size)):
         x = x.to(device)
         if trigger is not None:
             x = trigger.apply(x)

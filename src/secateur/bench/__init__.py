@@ -1,0 +1,1 @@
+"""The benchmark matrix: a plan becomes a graph of content-addressed nodes, which any executor runs and which resumes."""

@@ -1,0 +1,213 @@
+"""A plan as a graph of nodes, each named by what it computes: the key covers everything a result may depend on.
+
+    data -> victim -> repair -> compress -> measure
+
+A victim is trained once and used by every repair; the network without repair is measured as well. A benign network
+(backdoor ``none``) is measured under the trigger of every attack of the plan: the rate that is there without a backdoor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from .plan import NONE, Choice, DataPlan, Plan, recipe_settings
+
+STAGES: Mapping[str, tuple[str, int]] = {  # name -> function and version; the version goes up when results change
+    "data": ("secateur.bench.stages:data", 1),
+    "victim": ("secateur.bench.stages:victim", 1),
+    "repair": ("secateur.bench.stages:repair", 1),
+    "compress": ("secateur.bench.stages:compress", 1),
+    "measure": ("secateur.bench.stages:measure", 1),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One piece of work.
+
+    Attributes:
+        stage: A name of `STAGES`.
+        method: The method or architecture it runs; empty where there is no choice.
+        args: Every setting with its value, plain JSON.
+        seed: Of all its randomness.
+        parents: Role -> key of the node whose results it reads.
+        threads: CPU threads; part of the key because the order of sums depends on it.
+        device: ``cpu`` or ``cuda``.
+        dtype: Precision of its arithmetic.
+        stage_version: Version of the stage.
+        method_version: Version of the method.
+    """
+
+    stage: str
+    method: str = ""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    parents: Mapping[str, str] = field(default_factory=dict)
+    threads: int = 1
+    device: str = "cpu"
+    dtype: str = "float32"
+    stage_version: int = 1
+    method_version: int = 0
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Everything a result may depend on."""
+        return {
+            "stage": self.stage,
+            "stage_version": self.stage_version,
+            "method": self.method,
+            "method_version": self.method_version,
+            "args": dict(self.args),
+            "seed": self.seed,
+            "threads": self.threads,
+            "device": self.device,
+            "dtype": self.dtype,
+            "parents": dict(self.parents),
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """The sha256 of the configuration's canonical JSON."""
+        return hashlib.sha256(canonical_json(self.config).encode()).hexdigest()
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        words = [self.stage, self.method, f"seed {self.seed}" if self.stage != "measure" else ""]
+        return " ".join(word for word in words if word)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the table: where it stands, and the nodes it needs, the measuring one last."""
+
+    model: str
+    backdoor: str
+    trigger: str
+    clean: float | None
+    repair: str
+    compress: str
+    victim_seed: int
+    repair_seed: int | None
+    keys: tuple[str, ...]
+
+
+COLUMNS = ("model", "backdoor", "trigger", "clean", "repair", "compress", "victim_seed", "repair_seed")
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """All nodes of a plan by key, parents before children, and the cells of its table in the plan's order."""
+
+    nodes: Mapping[str, Node]
+    cells: tuple[Cell, ...]
+
+
+def canonical_json(value: Any) -> str:
+    """Return JSON in which equal values are equal texts."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def from_config(config: Mapping[str, Any]) -> Node:
+    """Return the node whose `Node.config` this is."""
+    return Node(**config)
+
+
+def expand(plan: Plan, digest: Callable[[str], str]) -> Graph:
+    """Return the graph of a plan.
+
+    Args:
+        plan: The plan.
+        digest: Returns a text that stands for the content of the images at a path.
+    """
+    return _Expansion(plan, digest).graph()
+
+
+class _Expansion:
+    def __init__(self, plan: Plan, digest: Callable[[str], str]) -> None:
+        self.plan = plan
+        self.source = {"train": digest(plan.data.train), "test": digest(plan.data.test)}
+        self.nodes: dict[str, Node] = {}
+
+    def graph(self) -> Graph:
+        cells = tuple(cell for seed in self.plan.victim_seeds for cell in self._of_seed(seed))
+        return Graph(self.nodes, cells)
+
+    def _of_seed(self, seed: int) -> Iterator[Cell]:
+        data = self._add("data", args={"source": self.source, **_limits(self.plan.data)}, seed=seed)
+        for model in self.plan.models:
+            victims = {choice.label: (choice, self._victim(model, choice, data, seed)) for choice in self.plan.backdoors}
+            triggers = {label: victim for label, (choice, victim) in victims.items() if choice.name != NONE}
+            for label, (choice, victim) in victims.items():
+                shown = {label: victim} if choice.name != NONE else (triggers or {NONE: None})
+                for clean, repair, compress, repair_seed, keys in self._defences(victim, data):
+                    for trigger, owner in shown.items():
+                        end = self._measure(keys[-1], data, owner)
+                        yield Cell(model.label, label, trigger, clean, repair, compress, seed, repair_seed, (*keys, end))
+
+    def _defences(self, victim: str, data: str) -> Iterator[tuple[float | None, str, str, int | None, tuple[str, ...]]]:
+        """Yield ``(clean share, repair, compressor, seed, keys)`` for the victim itself and everything done to it."""
+        for clean, repair, repair_seed, keys in self._repairs(victim, data):
+            for compressor in self.plan.compressors:
+                if compressor.name == NONE:
+                    yield clean, repair, compressor.label, repair_seed, keys
+                    continue
+                shares = (clean,) if clean is not None else self.plan.data.clean
+                seeds = (repair_seed,) if repair_seed is not None else self.plan.repair_seeds
+                for share in shares:
+                    for seed in seeds:
+                        end = self._defend("compress", compressor, keys[-1], data, share, seed)
+                        yield share, repair, compressor.label, seed, (*keys, end)
+
+    def _repairs(self, victim: str, data: str) -> Iterator[tuple[float | None, str, int | None, tuple[str, ...]]]:
+        yield None, NONE, None, (victim,)
+        for choice in self.plan.repairs:
+            for share in self.plan.data.clean:
+                for seed in self.plan.repair_seeds:
+                    yield share, choice.label, seed, (victim, self._defend("repair", choice, victim, data, share, seed))
+
+    def _victim(self, model: Choice, backdoor: Choice, data: str, seed: int) -> str:
+        recipe = recipe_settings(self.plan.recipe)
+        args = {"model": model.name, "kwargs": model.settings, "recipe": recipe, "settings": backdoor.settings}
+        return self._add("victim", backdoor, args, seed, {"data": data}, dtype=self.plan.recipe.precision)
+
+    def _defend(self, stage: str, choice: Choice, model: str, data: str, share: float, seed: int) -> str:
+        args = {"clean": share, "settings": choice.settings}
+        return self._add(stage, choice, args, seed, {"model": model, "data": data})
+
+    def _measure(self, model: str, data: str, trigger: str | None) -> str:
+        parents = {"model": model, "data": data, **({"trigger": trigger} if trigger else {})}
+        return self._add("measure", parents=parents)
+
+    def _add(
+        self,
+        stage: str,
+        choice: Choice | None = None,
+        args: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        parents: Mapping[str, str] | None = None,
+        dtype: str = "float32",
+    ) -> str:
+        node = Node(
+            stage=stage,
+            method=choice.name if choice else "",
+            args=args or {},
+            seed=seed,
+            parents=parents or {},
+            threads=self.plan.threads,
+            device="cpu" if stage == "data" else self.plan.device,
+            dtype=dtype,
+            stage_version=STAGES[stage][1],
+            method_version=choice.version if choice else 0,
+        )
+        self.nodes.setdefault(node.key, node)
+        return node.key
+
+
+def _limits(data: DataPlan) -> dict[str, Any]:
+    return {"reserve": max(data.clean), "train_limit": data.train_limit, "test_limit": data.test_limit}

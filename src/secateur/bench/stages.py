@@ -1,0 +1,152 @@
+"""What the nodes of a plan do. Each stage writes files into its own folder and returns numbers for its ``result.json``.
+
+A repair reads the victim's bundle and the clean images; test images and trigger reach the measuring stage alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import runs
+from ..data import load_data, load_trigger, save_npz, save_trigger, split_clean, stratified
+from ..errors import DataError, InconclusiveError
+from ..measure import cost, evaluate
+from ..methods import Kind, get
+from ..models import Classifier, load_bundle, save
+from ..recipe import read_recipe
+from ..state import generator
+from ..train import train
+from ..types import ChannelMask, ImageSet, Poisoning, WeightMask
+from .nodes import Node
+from .plan import NONE
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage is given.
+
+    Attributes:
+        node: What to do.
+        folder: Where to write; becomes the node's folder when the stage returns.
+        parents: Role -> folder of the node that plays it.
+        source: ``train`` and ``test`` -> what `load_data` reads.
+        checkpoint: A file that outlives a killed attempt, to resume long training from.
+    """
+
+    node: Node
+    folder: Path
+    parents: Mapping[str, Path]
+    source: Mapping[str, str]
+    checkpoint: Path
+
+    @property
+    def generator(self) -> torch.Generator:
+        """A generator of this stage's own at the node's seed: the same for every method, so that comparisons are paired."""
+        digest = hashlib.sha256(f"{self.node.stage} {self.node.seed}".encode()).digest()
+        return generator(int.from_bytes(digest[:7], "big"))
+
+
+Stage = Callable[[Work], dict[str, Any]]
+
+
+def data(work: Work) -> dict[str, Any]:
+    """Share the images out: clean ones for the defender, the rest for the victim, test images for measuring."""
+    clean, rest = _split(work.source["train"], work.node.args, work.generator)
+    test = load_data(work.source["test"], limit=work.node.args["test_limit"])
+    save_npz(clean, work.folder / "clean.npz")
+    save_npz(test, work.folder / "test.npz")
+    parts = {"clean": clean, "train": rest, "test": test}
+    return {name: {"n": len(part), "per_class": list(part.per_class()), "sha256": part.sha256} for name, part in parts.items()}
+
+
+def victim(work: Work) -> dict[str, Any]:
+    """Poison the training images and train a network on them."""
+    args, random = work.node.args, work.generator
+    images = _training_images(work)
+    poisoned = 0
+    if work.node.method != NONE:
+        poisoning: Poisoning = get("backdoor", work.node.method).load()(images, **args["settings"], generator=random)
+        save_trigger(poisoning.trigger, work.folder / "trigger")
+        images, poisoned = poisoning.data, int(poisoning.poisoned.sum())
+    network = runs.new_network(images, args["model"], kwargs=args["kwargs"], generator=random).to(work.node.device)
+    recipe = read_recipe(args["recipe"])
+    model = train(network, images, recipe, generator=random, checkpoint=work.checkpoint)
+    assert isinstance(model, Classifier)
+    save(model.cpu(), work.folder / "model")
+    return {"images": len(images), "poisoned": poisoned}
+
+
+def repair(work: Work) -> dict[str, Any]:
+    """Repair a network with the clean images."""
+    return _defend(work, "repair")
+
+
+def compress(work: Work) -> dict[str, Any]:
+    """Compress a network with the clean images."""
+    return _defend(work, "compressor")
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """Measure a network on the test images, with the trigger if there is one."""
+    model = load_bundle(work.parents["model"] / "model").to(work.node.device)
+    test = load_data(work.parents["data"] / "test.npz")
+    trigger = load_trigger(work.parents["trigger"]) if "trigger" in work.parents else None
+    rates = {name: asdict(rate) for name, rate in vars(evaluate(model, test, trigger=trigger)).items() if rate is not None}
+    size = {name: value for name, value in asdict(cost(model, test.shape)).items() if value is not None}
+    return {"rates": rates, "cost": size}
+
+
+def _defend(work: Work, kind: Kind) -> dict[str, Any]:
+    args = work.node.args
+    model = load_bundle(work.parents["model"] / "model").to(work.node.device)
+    clean = _clean(work, args["clean"])
+    method = get(kind, work.node.method)
+    done = method.load()(model, clean, **args["settings"], generator=work.generator)
+    mask = done.mask if isinstance(done.mask, WeightMask | ChannelMask) else None
+    step = {"method": method.name, "version": method.version, "args": dict(args["settings"])}
+    save(done.model.cpu(), work.folder / "model", masks=mask, steps=[step])
+    return {"clean": len(clean), "log": dict(done.log), "notes": list(done.notes)}
+
+
+def _split(path: str, args: Mapping[str, Any], random: torch.Generator) -> tuple[ImageSet, ImageSet]:
+    images = load_data(path, limit=args["train_limit"])
+    return split_clean(images, args["reserve"], generator=random)
+
+
+def _training_images(work: Work) -> ImageSet:
+    """Draw the victim's images again from the source and check that they are those the data node saw."""
+    from .store import read_config, read_result
+
+    folder = work.parents["data"]
+    node = read_config(folder)
+    wanted = read_result(folder)["values"]["train"]["sha256"]
+    _, rest = _split(work.source["train"], node.args, _of_data(node).generator)
+    if rest.sha256 != wanted:
+        raise DataError(f"the images at {work.source['train']} changed after the data node ran; use a new store")
+    return rest
+
+
+def _of_data(node: Node) -> Work:
+    return Work(node, Path(), {}, {}, Path())
+
+
+def _clean(work: Work, share: float) -> ImageSet:
+    """Return the defender's share of the images held out for it."""
+    from .store import read_config, read_result
+
+    folder = work.parents["data"]
+    images = load_data(folder / "clean.npz")
+    node, sizes = read_config(folder), read_result(folder)["values"]
+    if share == node.args["reserve"]:
+        return images
+    size = round(share * (sizes["clean"]["n"] + sizes["train"]["n"]))
+    if size < 1:
+        raise InconclusiveError(f"a clean share of {share:g} is no image at all; raise it")
+    [index] = stratified(images.y, [size], generator=_of_data(node).generator)
+    return images.subset(index)
