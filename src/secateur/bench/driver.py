@@ -22,8 +22,8 @@ from .plan import Plan
 from .store import Store
 from .work import HALF, Job, Outcome
 
-Event = Literal["start", "done", "retry", "failed"]
-OnEvent = Callable[[Event, Node, "Progress"], None]
+Event = Literal["start", "done", "retry", "failed", "tick"]
+OnEvent = Callable[[Event, Node | None, "Progress"], None]
 ATTEMPTS = 3  # of a node whose process was lost
 TICK = 1.0  # seconds between heartbeats
 ORDER = tuple(STAGES)
@@ -40,7 +40,7 @@ class Progress:
         running: Keys that run now.
         failed: Key -> outcome of those that failed in this run.
         skipped: Nodes that wait for a failed one.
-        seconds: Time spent inside nodes that this run finished.
+        last: Seconds that the node finished last took.
         started: When the run began, `time.monotonic`.
     """
 
@@ -50,7 +50,7 @@ class Progress:
     running: set[str] = field(default_factory=set)
     failed: dict[str, Outcome] = field(default_factory=dict)
     skipped: int = 0
-    seconds: float = 0.0
+    last: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
 
@@ -79,7 +79,10 @@ def run(
     store.make()
     with store.driving(), Index.open(store) as index:
         store.sweep()
-        return _Run(graph, store, executor, plan, index, stages, on_event).run()
+        try:
+            return _Run(graph, store, executor, plan, index, stages, on_event).run()
+        finally:
+            store.sweep()
 
 
 class _Run:
@@ -174,7 +177,7 @@ class _Run:
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
         self.progress.done += 1
-        self.progress.seconds += outcome.seconds
+        self.progress.last = outcome.seconds
         self.waiting.pop(outcome.key, None)
         self._write(job.node, "done", attempt=job.attempt, seconds=outcome.seconds, host=outcome.host, pid=outcome.pid)
         for child in self.children.get(outcome.key, ()):
@@ -190,6 +193,7 @@ class _Run:
     def _beat(self) -> None:
         if time.monotonic() - self.beaten >= TICK:
             self.beaten = time.monotonic()
+            self.tell("tick", None, self.progress)
             with _disk(self.store, self.progress):
                 self.index.beat(self.jobs)
 

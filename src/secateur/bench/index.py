@@ -100,7 +100,7 @@ class Index:
         count = 0
         with self._transaction():
             self._db.execute("DELETE FROM nodes")
-            for key in store.keys():
+            for key in store.finished():
                 with suppress(OSError, ValueError, TypeError, KeyError):
                     self._enter(read_config(store.folder(key)), store)
                     count += 1
@@ -129,9 +129,9 @@ def read_index(store: Store) -> dict[str, Entry]:
 
 
 def durations(store: Store) -> dict[tuple[str, str], float]:
-    """Return the mean seconds of finished nodes by ``("kin", kin)``, and by ``("method", "stage method")``."""
+    """Return the mean seconds of finished nodes by ``("kin", kin)``, ``("method", "stage method")``, ``("stage", stage)``."""
     found: dict[tuple[str, str], float] = {}
-    for kind, column in (("method", "stage || ' ' || method"), ("kin", "kin")):
+    for kind, column in (("stage", "stage"), ("method", "stage || ' ' || method"), ("kin", "kin")):
         query = f"SELECT {column}, AVG(seconds) FROM nodes WHERE state = 'done' AND seconds IS NOT NULL GROUP BY 1"
         found.update({(kind, name): mean for name, mean in _select(store, query)})
     return found

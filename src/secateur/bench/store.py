@@ -54,7 +54,7 @@ class Store:
         """Whether a node has its result."""
         return os.path.exists(f"{self.root}/nodes/{key[:2]}/{key}/{RESULT}")
 
-    def keys(self) -> Iterator[str]:
+    def finished(self) -> Iterator[str]:
         """Yield the keys of all finished nodes."""
         for path in sorted((self.root / "nodes").glob(f"*/*/{RESULT}")):
             yield path.parent.name
@@ -181,6 +181,14 @@ def _alive(owner: Path) -> bool:
         if record["host"] != socket.gethostname():
             return time.time() - owner.stat().st_mtime < A_DAY
         os.kill(int(record["pid"]), 0)
+        return not _zombie(int(record["pid"]))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return True
+
+
+def _zombie(pid: int) -> bool:
+    """Whether a process is dead and only waits for its parent to notice (told where there is a /proc)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return False

@@ -24,6 +24,12 @@ COMMANDS = {
     "report": ("secateur.cli.report:report", "Show a result again, as text, HTML, Markdown or JSON."),
     "list": ("secateur.cli.listing:list_methods", "List the methods of one kind, or all settings of one method."),
 }
+BENCH = {
+    "run": ("secateur.cli.bench:run", "Run a plan, or what is left of it."),
+    "status": ("secateur.cli.bench:status", "Say how far a plan is."),
+    "report": ("secateur.cli.bench:report", "Print a plan's table as text, Markdown, CSV, JSON or Parquet."),
+    "reindex": ("secateur.cli.bench:reindex", "Write the index of a store anew from its results."),
+}
 METHODS_OF: Mapping[str, Kind] = {"repair": "repair", "poison": "backdoor"}
 EXIT_UNEXPECTED = 2
 EXIT_INTERRUPTED = 130
@@ -40,6 +46,10 @@ def app(arguments: Sequence[str] = ()) -> App:
     )
     for name, (target, text) in COMMANDS.items():
         root.command(target, name=name, help=text, help_format="plaintext", help_epilogue=_settings(name, arguments))
+    bench = App(name="bench", help="Run a plan of models x backdoors x repairs x seeds, and print its table.")
+    for name, (target, text) in BENCH.items():
+        bench.command(target, name=name, help=text, help_format="plaintext")
+    root.command(bench)
     return root
 
 

@@ -50,8 +50,8 @@ def make(name: str, **options: Any) -> Executor:
 
     Args:
         name: A name of `EXECUTORS`.
-        options: ``workers``: how many nodes at once; ``threads``: CPU threads of a node; ``gpus``: GPUs of this machine to share
-            out, one per node; further ones by executor.
+        options: ``workers``: how many nodes at once; ``threads``: CPU threads of a node; ``gpus``: GPUs of this machine to
+            share out, one per node; further ones by executor.
 
     Raises:
         MethodError: There is no such executor, or what it needs is not installed.

@@ -1,0 +1,280 @@
+"""``secateur bench``: run a plan, see how far it is, print its table."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from ..errors import DataError, InconclusiveError, MethodError
+from .console import human, out, say
+from .options import Flag, Output
+
+if TYPE_CHECKING:
+    from ..bench.driver import Progress
+    from ..bench.nodes import Graph, Node
+    from ..bench.plan import Plan
+    from ..bench.store import Store
+
+STORE = Path("secateur-store")
+SECONDS_BETWEEN_LINES = 10.0
+FORMATS = ("text", "csv", "json", "md", "parquet")
+SHOWN = 10  # failures listed before "and N more"
+Format = Literal["text", "csv", "json", "md", "parquet"]
+Quiet = Annotated[bool, Parameter(name=("--quiet", "-q"), negative=())]
+
+
+def run(
+    plan: Path,
+    /,
+    *,
+    store: Path = STORE,
+    data: str | None = None,
+    executor: str = "local",
+    workers: int | None = None,
+    gpus: int = 0,
+    address: str | None = None,
+    slurm: Annotated[list[str] | None, Parameter(negative=())] = None,
+    dry_run: Flag = False,
+    quiet: Quiet = False,
+    no_progress: Flag = False,
+) -> int:
+    """Run every node of a plan that has no result yet; the same command again resumes.
+
+    Args:
+        plan: A TOML file, e.g. plans/smoke.toml.
+        store: Folder of the results.
+        data: Images to use instead of the plan's: PATH:train and PATH:test are read.
+        executor: inline, local, ray or slurm.
+        workers: How many nodes at once (default: as the CPU cores allow).
+        gpus: GPUs of this machine to share out among nodes that want one.
+        address: Address of a running Ray cluster (default: one is started here).
+        slurm: A line for sbatch, e.g. --slurm=--partition=gpu; may be given more than once.
+        dry_run: Only say what would run, what is there already, and how long it may take.
+        quiet: Say nothing while working.
+        no_progress: Show no progress.
+    """
+    from ..bench import driver
+    from ..bench.executors import make
+
+    read, graph, where = _open(plan, store, data)
+    options = _options(executor, {"workers": workers, "gpus": gpus or None, "address": address, "options": slurm})
+    if dry_run:
+        return _dry_run(read, graph, where, workers)
+    runner = make(executor, threads=read.threads, **options)
+    show = _Progress(graph, where, show=not (quiet or no_progress))
+    try:
+        with show:
+            end = driver.run(graph, where, runner, read, on_event=show)
+    finally:
+        runner.close()
+    if not quiet:
+        say(_ending(end, where))
+    if end.failed:
+        raise InconclusiveError(_failures({key: o.message for key, o in end.failed.items()}, graph, end.skipped))
+    return 0
+
+
+def status(plan: Path, /, *, store: Path = STORE, data: str | None = None, json: Flag = False) -> int:
+    """Say how far a plan is; a driver may be at work meanwhile.
+
+    Args:
+        plan: A TOML file.
+        store: Folder of the results.
+        data: Images to use instead of the plan's.
+        json: Print JSON.
+    """
+    from ..bench import progress
+
+    read, graph, where = _open(plan, store, data)
+    found = progress.status(graph, where)
+    counts = {state: found.count(state) for state in progress.STATES}
+    if json:
+        failures = [{"node": graph.nodes[key].label, "key": key, "error": text} for key, text in found.failures.items()]
+        out(jsonlib.dumps({"plan": read.name, "nodes": counts, "driven": found.driven, "failures": failures}, indent=2))
+        return 0
+    shown = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    out(f"{read.name}: {len(graph.nodes)} nodes, {shown}; {'a driver is at work' if found.driven else 'no driver is at work'}")
+    if found.failures:
+        out(_failures(found.failures, graph, counts["skipped"]))
+    return 0
+
+
+def report(
+    plan: Path,
+    /,
+    *,
+    store: Path = STORE,
+    data: str | None = None,
+    format: Format | None = None,
+    output: Output = None,
+    with_cost: Flag = False,
+) -> int:
+    """Print a plan's table from what is in the store.
+
+    Args:
+        plan: A TOML file.
+        store: Folder of the results.
+        data: Images to use instead of the plan's.
+        format: text, csv (every cell), json, md or parquet (default: by the name of the output, else text).
+        output: File to write to.
+        with_cost: Also seconds and hosts, which differ from run to run.
+    """
+    from ..bench import tables
+
+    chosen = format or _format_of(output)
+    if chosen == "parquet" and output is None:
+        raise MethodError("parquet is not for the terminal; name a file with --output")
+    read, graph, where = _open(plan, store, data)
+    if chosen == "parquet":
+        assert output is not None
+        tables.to_parquet(output, read, graph, where, with_cost=with_cost)
+        return 0
+    text = tables.render(read, graph, where, chosen, with_cost=with_cost)
+    if output is None:
+        out(text)
+        return 0
+    try:
+        output.write_text(text, "utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write {output}: {error.strerror}; name another --output") from None
+    return 0
+
+
+def reindex(plan: Path | None = None, /, *, store: Path = STORE) -> int:
+    """Write the index of a store anew from its results.
+
+    Args:
+        plan: A TOML file, to say how much of it is done; need not be given.
+        store: Folder of the results.
+    """
+    from ..bench.index import Index
+    from ..bench.store import Store
+
+    if not store.is_dir():
+        raise DataError(f"there is no store at {store}; name one with --store")
+    where = Store(store)
+    where.make()
+    with where.driving(), Index.open(where) as index:
+        count = index.rebuild(where)
+    out(f"{count} finished nodes in {store}")
+    return status(plan, store=store) if plan is not None else 0
+
+
+def _open(plan: Path, store: Path, data: str | None) -> tuple[Plan, Graph, Store]:
+    from ..bench.nodes import expand
+    from ..bench.plan import read_plan
+    from ..bench.source import digest
+    from ..bench.store import Store
+
+    read = read_plan(plan).with_data(data)
+    return read, expand(read, digest), Store(store)
+
+
+def _options(executor: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given, if the executor takes them."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen.get("workers", 1) < 1:
+        raise MethodError(f"--workers must be at least 1, got {chosen['workers']}")
+    for name, flag, owner in (("address", "--address", "ray"), ("options", "--slurm", "slurm")):
+        if name in chosen and executor != owner:
+            raise MethodError(f"{flag} is for --executor {owner}, got {executor}")
+    return chosen
+
+
+def _dry_run(plan: Plan, graph: Graph, store: Store, workers: int | None) -> int:
+    import os
+
+    from ..bench.progress import Estimate, duration
+
+    slots = workers or max(1, len(os.sched_getaffinity(0)) // plan.threads)
+    todo = [node for key, node in graph.nodes.items() if not store.done(key)]
+    seconds, unknown = Estimate.of(store).left(todo, graph, slots)
+    stages = dict.fromkeys(node.stage for node in graph.nodes.values())
+    for stage in stages:
+        nodes = [node for node in graph.nodes.values() if node.stage == stage]
+        left = sum(not store.done(node.key) for node in nodes)
+        out(f"{stage:10}{len(nodes):6} nodes {len(nodes) - left:6} done {left:6} to run")
+    time_text = f"about {duration(seconds)} on {slots} workers" if unknown < len(todo) or not todo else "time unknown"
+    rest = f"; nothing like {unknown} of them has run in this store, so they are not counted" if unknown and todo else ""
+    out(f"{plan.name}: {len(todo)} of {len(graph.nodes)} nodes to run, {time_text}{rest}")
+    return 0
+
+
+def _ending(end: Progress, store: Store) -> str:
+    from ..bench.progress import duration
+
+    fresh = end.done - end.cached
+    text = (
+        f"{end.done} of {end.total} nodes done ({fresh} now, {end.cached} before) in {duration(time.monotonic() - end.started)}"
+    )
+    return f"{text}; results in {store.root}"
+
+
+def _failures(messages: dict[str, str] | Any, graph: Graph, skipped: int) -> str:
+    lines = [f"{len(messages)} nodes failed" + (f" and {skipped} wait for them" if skipped else "") + ":"]
+    for key, message in list(messages.items())[:SHOWN]:
+        lines.append(f"  {graph.nodes[key].label} ({key[:12]}): {message}")
+    if len(messages) > SHOWN:
+        lines.append(f"  and {len(messages) - SHOWN} more (secateur bench status)")
+    return "\n".join(lines)
+
+
+def _format_of(output: Path | None) -> str:
+    suffix = output.suffix.removeprefix(".") if output else ""
+    return suffix if suffix in FORMATS else "text"
+
+
+class _Progress:
+    """Shows a run: a line that renews itself on a terminal, elsewhere a plain line every few seconds; failures at once."""
+
+    def __init__(self, graph: Graph, store: Store, *, show: bool) -> None:
+        from ..bench.progress import Estimate
+
+        self.graph, self.show = graph, show
+        self.estimate = Estimate.of(store)
+        self.left = {key: node for key, node in graph.nodes.items() if not store.done(key)}
+        self.width = 1
+        self.last = time.monotonic()
+        self.live: Any = None
+
+    def __enter__(self) -> _Progress:
+        if self.show and human().is_terminal:
+            from rich.live import Live
+
+            self.live = Live(console=human(), auto_refresh=False, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def __call__(self, event: str, node: Node | None, progress: Progress) -> None:
+        self.width = max(self.width, len(progress.running))
+        if event == "done" and node is not None:
+            self.left.pop(node.key, None)
+            self.estimate.observe(node, progress.last)
+        if event == "failed" and node is not None and self.show:
+            say(f"failed: {node.label}: {progress.failed[node.key].message}")
+        if not self.show or (event == "start" and self.live is None):
+            return
+        if self.live is not None:
+            self.live.update(self._line(progress), refresh=True)
+        elif time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
+            self.last = time.monotonic()
+            say(self._line(progress))
+
+    def _line(self, progress: Progress) -> str:
+        from ..bench.progress import duration
+
+        seconds, unknown = self.estimate.left(self.left.values(), self.graph, self.width)
+        eta = f"about {duration(seconds)} left" if unknown < len(self.left) else "time left unknown"
+        more = " or more" if 0 < unknown < len(self.left) else ""
+        counts = (
+            f"{progress.done} of {progress.total} nodes done, {len(progress.running)} running, {len(progress.failed)} failed"
+        )
+        return f"{counts}; {eta}{more}"

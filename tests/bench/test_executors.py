@@ -1,0 +1,158 @@
+"""The conformance suite: every executor must pass it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import faulty
+import pytest
+from faulty import chain, graph, node, ran
+
+from secateur.bench.driver import Progress
+from secateur.bench.executors import EXECUTORS, make
+from secateur.bench.nodes import Graph
+from secateur.bench.store import Store, read_result
+from secateur.errors import MethodError
+
+ISOLATED = ("local", pytest.param("ray", marks=pytest.mark.ray))
+ALL = ("inline", *ISOLATED)
+Drive = Callable[..., Progress]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a real Ray cluster of two nodes on this machine."""
+    pytest.importorskip("ray", reason="the ray extra is not installed")
+    from ray_cluster import two_nodes
+
+    with two_nodes() as found:
+        yield found.address
+
+
+@pytest.fixture
+def drive(request: pytest.FixtureRequest, tmp_path: Path) -> Drive:
+    """Run a graph on the executor that the test is parametrised with."""
+    name = request.param
+    options = {"address": request.getfixturevalue("cluster")} if name == "ray" else {} if name == "inline" else {"workers": 2}
+
+    def run(nodes: Graph, **limits: object) -> Progress:
+        return faulty.drive(tmp_path / "store", nodes, name, limits=limits, **options)
+
+    return run
+
+
+everywhere = pytest.mark.parametrize("drive", ALL, indirect=True)
+where_isolated = pytest.mark.parametrize("drive", ISOLATED, indirect=True)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "ran.log"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@everywhere
+def test_every_node_runs_once_and_after_its_parents(drive, store, log):
+    nodes = chain(log, 5)
+    end = drive(nodes)
+    assert (end.done, end.total, end.cached, end.failed, end.skipped) == (10, 10, 0, {}, 0)
+    assert sorted(ran(log)) == sorted(node.args["name"] for node in nodes.nodes.values())
+    for key, one in nodes.nodes.items():
+        result = read_result(store.folder(key))
+        assert result["values"] == {"name": one.args["name"], "batch": 512}
+        assert (result["attempt"], result["batch_scale"]) == (1, 1.0)
+        assert json.loads((store.folder(key) / "config.json").read_text("utf-8")) == one.config
+        assert sorted(path.name for path in store.folder(key).iterdir()) == ["config.json", "file.txt", "result.json"]
+    assert list(store.tmp.iterdir()) == []
+
+
+@everywhere
+def test_a_second_run_does_nothing_and_a_wider_plan_only_what_is_new(drive, log):
+    drive(chain(log, 2))
+    again = drive(chain(log, 2))
+    assert (again.done, again.cached, len(ran(log))) == (4, 4, 4)
+    wider = drive(chain(log, 3))
+    assert (wider.done, wider.cached) == (6, 4)
+    assert sorted(ran(log)[4:]) == ["first2", "second2"]
+
+
+@everywhere
+def test_a_node_that_raises_fails_alone(drive, store, log):
+    bad = node(log, "bad", do="raise")
+    after = node(log, "after", parents=[bad])
+    end = drive(graph(bad, after, *chain(log, 2).nodes.values()))
+    assert (end.done, list(end.failed), end.skipped) == (4, [bad.key], 1)
+    failure = store.failures()[bad.key]
+    assert failure["message"] == "ValueError: this node raises on two lines"
+    assert "faulty.py" in failure["traceback"]
+    assert failure["attempt"] == 1
+    assert ran(log).count("bad") == 1
+    assert "after" not in ran(log)
+
+
+@everywhere
+def test_the_next_run_tries_failed_nodes_again(drive, store, log):
+    bad = node(log, "bad", do="raise once")
+    nodes = graph(bad, node(log, "after", parents=[bad]))
+    assert drive(nodes).done == 0
+    assert drive(nodes).done == 2
+    assert store.failures() == {}
+
+
+@everywhere
+def test_out_of_memory_is_tried_once_more_at_half_batch(drive, store, log):
+    greedy = node(log, "greedy", do="memory", megabytes=256)
+    wrapped = node(log, "wrapped", do="wrapped memory")
+    end = drive(graph(greedy, wrapped), memory=256 * 2**20)
+    assert end.done == 2
+    for one in (greedy, wrapped):
+        result = read_result(store.folder(one.key))
+        assert (result["attempt"], result["batch_scale"], result["values"]["batch"]) == (2, 0.5, 256)
+
+
+@everywhere
+def test_out_of_memory_twice_is_a_failure(drive, store, log):
+    greedy = node(log, "greedy", do="memory always", megabytes=256)
+    end = drive(graph(greedy, node(log, "modest")), memory=256 * 2**20)
+    assert (end.done, list(end.failed)) == (1, [greedy.key])
+    assert store.failures()[greedy.key]["status"] == "memory"
+    assert ran(log).count("greedy") == 2
+
+
+@where_isolated
+def test_a_killed_worker_costs_one_attempt(drive, store, log):
+    unlucky = node(log, "unlucky", do="die once")
+    end = drive(graph(unlucky, *chain(log, 2).nodes.values()))
+    assert (end.done, end.failed) == (5, {})
+    assert read_result(store.folder(unlucky.key))["attempt"] == 2
+    assert ran(log).count("unlucky") == 2
+
+
+@where_isolated
+def test_a_node_that_always_dies_fails_at_last(drive, store, log):
+    doomed = node(log, "doomed", do="die")
+    end = drive(graph(doomed, node(log, "fine")))
+    assert (end.done, list(end.failed)) == (1, [doomed.key])
+    assert ran(log).count("doomed") == 3
+    assert store.failures()[doomed.key]["status"] == "lost"
+
+
+@where_isolated
+def test_a_node_that_hangs_is_killed_at_its_timeout(drive, store, log):
+    slow = node(log, "slow", do="hang")
+    end = drive(graph(slow, node(log, "after", parents=[slow]), node(log, "fine")), timeout=1.5)
+    assert (end.done, list(end.failed), end.skipped) == (1, [slow.key], 1)
+    assert store.failures()[slow.key]["message"] == "it took longer than 1.5 s and was killed"
+    assert 1.0 < store.failures()[slow.key]["seconds"] < 20
+
+
+def test_an_unknown_executor_is_named():
+    with pytest.raises(MethodError, match=r"unknown executor 'locl'; did you mean 'local'\?"):
+        make("locl")
+    assert set(EXECUTORS) == {"inline", "local", "ray", "slurm"}

@@ -1,0 +1,204 @@
+"""What a run survives: killed drivers, full disks, rivals, Ctrl-C. Every test really does it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import faulty
+import pytest
+from faulty import chain, drive, graph, node, pids, ran
+
+from secateur.bench.index import Index, read_index
+from secateur.bench.store import Store
+from secateur.errors import SecateurError
+
+PATIENCE = 60.0  # seconds until a test gives up waiting
+COUNT = 6
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "ran.log"
+
+
+@pytest.fixture
+def start(tmp_path: Path, log: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start a driver of ``COUNT`` pairs of nodes in a process group of its own."""
+    started = []
+
+    def begin(sleep: float = 0.3) -> subprocess.Popen:
+        command = [sys.executable, faulty.__file__, str(tmp_path / "store"), str(log), str(COUNT), str(sleep)]
+        started.append(subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+
+
+def until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "ZX"
+
+
+def finish(store: Path, log: Path, sleep: float = 0.3) -> None:
+    """Run the rest and check that nothing was lost and nothing counted twice."""
+    nodes = chain(log, COUNT, sleep=sleep)
+    before = {key for key in nodes.nodes if Store(store).done(key)}
+    stamps = {key: (Store(store).folder(key) / "result.json").stat().st_mtime_ns for key in before}
+    end = drive(store, nodes, workers=2)
+    assert (end.done, end.cached, end.failed) == (2 * COUNT, len(before), {})
+    assert sorted(Store(store).finished()) == sorted(nodes.nodes)
+    assert {key: (Store(store).folder(key) / "result.json").stat().st_mtime_ns for key in before} == stamps
+    assert {entry.state for entry in read_index(Store(store)).values()} == {"done"}
+    assert len(read_index(Store(store))) == 2 * COUNT
+    assert list(Store(store).tmp.iterdir()) == []
+
+
+def test_workers_die_with_a_driver_that_is_killed_alone(start, tmp_path, log):
+    driver = start(sleep=0.5)
+    until(lambda: len(ran(log)) >= 3)
+    driver.kill()
+    driver.wait()
+    until(lambda: all(gone(pid) for pid in pids(log)))
+    begun = len(ran(log))
+    time.sleep(1.2)
+    assert len(ran(log)) == begun, "an orphan went on"
+    assert 0 < begun < 2 * COUNT
+    finish(tmp_path / "store", log, sleep=0.5)
+
+
+def test_a_whole_group_that_is_killed_can_go_on(start, tmp_path, log):
+    driver = start()
+    until(lambda: len(ran(log)) >= 4)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    finish(tmp_path / "store", log)
+
+
+def test_a_driver_restarted_at_once_shares_the_store_with_its_orphans(start, tmp_path, log):
+    driver = start()
+    until(lambda: len(ran(log)) >= 3)
+    driver.kill()
+    driver.wait()
+    finish(tmp_path / "store", log)
+    times = Counter(ran(log))
+    assert max(times.values()) <= 2, "only what ran when the driver died may run again"
+    assert sum(count == 2 for count in times.values()) <= 2
+
+
+def test_an_orphan_cannot_commit_after_its_folder_was_swept(tmp_path, log):
+    store = Store(tmp_path / "store")
+    store.make()
+    one = node(log, "one")
+    folder = store.begin(one.key)
+    (folder / "file.txt").write_text("half")
+    (folder / "owner.json").write_text('{"host": "elsewhere", "pid": 1}')
+    os.utime(folder / "owner.json", (0, 0))
+    store.sweep()
+    assert list(store.tmp.iterdir()) == []
+    with pytest.raises(OSError, match="No such file"):
+        store.commit(folder, one, {})
+    assert not store.done(one.key)
+
+
+def test_the_second_of_two_writers_is_thrown_away(tmp_path, log):
+    store = Store(tmp_path / "store")
+    store.make()
+    one = node(log, "one")
+    first, second = store.begin(one.key), store.begin(one.key)
+    assert store.commit(first, one, {"who": "first"})
+    assert not store.commit(second, one, {"who": "second"})
+    assert '"first"' in (store.folder(one.key) / "result.json").read_text("utf-8")
+    assert list(store.tmp.iterdir()) == []
+
+
+def test_a_second_driver_is_refused(start, tmp_path, log):
+    first = start(sleep=0.5)
+    until(lambda: len(ran(log)) >= 1)
+    second = start()
+    assert second.wait(PATIENCE) != 0
+    assert f"is in use by process {first.pid} on" in second.stderr.read()
+    with pytest.raises(SecateurError, match=r"in use by process \d+ on .*; wait, or use another --store"):
+        drive(tmp_path / "store", chain(log, 1))
+    assert first.wait(PATIENCE) == 0
+    assert sorted(ran(log)) == sorted(n.args["name"] for n in chain(log, COUNT).nodes.values())
+
+
+def test_ctrl_c_leaves_a_store_that_goes_on(start, tmp_path, log):
+    driver = start(sleep=0.5)
+    until(lambda: len(ran(log)) >= 3)
+    os.killpg(driver.pid, signal.SIGINT)  # what a terminal does
+    assert driver.wait(PATIENCE) != 0
+    until(lambda: all(gone(pid) for pid in pids(log)))
+    assert not {"running"} & {entry.state for entry in read_index(Store(tmp_path / "store")).values()}
+    finish(tmp_path / "store", log, sleep=0.5)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("executor", ["inline", "local"])
+def test_a_full_disk_stops_the_run_and_loses_nothing(small_disk, log, executor):
+    store = small_disk / "store"
+    small = [node(log, f"small{i}") for i in range(3)]
+    big = [node(log, f"big{i}", do="fill", megabytes=3, parents=[small[i]]) for i in range(3)]
+    after = node(log, "after", parents=[big[2]])
+    with pytest.raises(SecateurError, match=r"cannot write the store .*No space left.*free some space and run again: \d of 7"):
+        drive(store, graph(*small, *big, after), executor)
+    kept = sorted(Store(store).finished())
+    assert {one.key for one in small} <= set(kept)
+    assert len(kept) == 5
+    with pytest.raises(SecateurError, match="5 of 7 nodes are done and stay done"):
+        drive(store, graph(*small, *big, after), executor)
+    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
+    end = drive(store, graph(*small, *big, after), executor)
+    assert (end.done, end.cached) == (7, 5)
+
+
+def test_a_damaged_index_is_written_anew(tmp_path, log):
+    store = Store(tmp_path / "store")
+    nodes = chain(log, 2)
+    drive(store.root, nodes)
+    good = {key: (entry.state, entry.attempt, entry.seconds) for key, entry in read_index(store).items()}
+    for part in store.root.glob("index.sqlite*"):
+        part.unlink()
+    (store.root / "index.sqlite").write_bytes(b"this is no database" * 100)
+    assert read_index(store) == {}
+    assert drive(store.root, nodes).cached == 4
+    again = {key: (entry.state, entry.attempt, entry.seconds) for key, entry in read_index(store).items()}
+    assert {key: row[:2] for key, row in again.items()} == {key: row[:2] for key, row in good.items()}
+    with Index.open(store) as index:
+        assert index.rebuild(store) == 4
+    assert read_index(store).keys() == good.keys()
