@@ -77,11 +77,18 @@ def plan(**limits: Any) -> Plan:
 
 
 def drive(
-    store: Path, nodes: Graph, executor: str = "local", *, limits: Mapping[str, Any] | None = None, **options: Any
+    store: Path,
+    nodes: Graph,
+    executor: str = "local",
+    *,
+    real: Plan | None = None,
+    limits: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Progress:
+    """Run a graph, of this file's stage or of the real ones of a plan."""
     runner = make(executor, **options)
     try:
-        return run(nodes, Store(store), runner, plan(**(limits or {})), stages=STAGES)
+        return run(nodes, Store(store), runner, real or plan(**(limits or {})), stages=None if real else STAGES)
     finally:
         runner.close()
 

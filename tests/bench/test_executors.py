@@ -12,13 +12,36 @@ from faulty import chain, graph, node, ran
 
 from secateur.bench.driver import Progress
 from secateur.bench.executors import EXECUTORS, make
-from secateur.bench.nodes import Graph
+from secateur.bench.nodes import Graph, canonical_json, expand
+from secateur.bench.plan import Plan, read_plan
+from secateur.bench.source import digest
 from secateur.bench.store import Store, read_result
 from secateur.errors import MethodError
 
 ISOLATED = ("local", pytest.param("ray", marks=pytest.mark.ray))
 ALL = ("inline", *ISOLATED)
 Drive = Callable[..., Progress]
+TINY = """
+format = 1
+[data]
+name = "fashion-mini"
+clean = 0.2
+train_limit = 600
+test_limit = 200
+[[model]]
+name = "convnet"
+width = 4
+[[backdoor]]
+name = "badnets"
+[[backdoor]]
+name = "none"
+[train]
+epochs = 1
+[[repair]]
+name = "norm-pruning"
+fraction = 0.25
+epochs = 1
+"""
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +60,8 @@ def drive(request: pytest.FixtureRequest, tmp_path: Path) -> Drive:
     name = request.param
     options = {"address": request.getfixturevalue("cluster")} if name == "ray" else {} if name == "inline" else {"workers": 2}
 
-    def run(nodes: Graph, **limits: object) -> Progress:
-        return faulty.drive(tmp_path / "store", nodes, name, limits=limits, **options)
+    def run(nodes: Graph, *, real: Plan | None = None, **limits: object) -> Progress:
+        return faulty.drive(tmp_path / "store", nodes, name, real=real, limits=limits, **options)
 
     return run
 
@@ -156,3 +179,32 @@ def test_an_unknown_executor_is_named():
     with pytest.raises(MethodError, match=r"unknown executor 'locl'; did you mean 'local'\?"):
         make("locl")
     assert set(EXECUTORS) == {"inline", "local", "ray", "slurm"}
+
+
+@everywhere
+def test_real_stages_give_the_same_files_everywhere(drive, store, tiny_results):
+    plan, graph, expected = tiny_results
+    assert drive(graph, real=plan).done == len(graph.nodes)
+    assert contents(store, graph) == expected
+
+
+@pytest.fixture(scope="module")
+def tiny_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Graph, dict[str, bytes]]:
+    """A small plan of real stages, and what the inline executor makes of it."""
+    home = tmp_path_factory.mktemp("tiny")
+    (home / "tiny.toml").write_text(TINY, "utf-8")
+    plan = read_plan(home / "tiny.toml")
+    graph = expand(plan, digest)
+    faulty.drive(home / "store", graph, "inline", real=plan)
+    return plan, graph, contents(Store(home / "store"), graph)
+
+
+def contents(store: Store, graph: Graph) -> dict[str, bytes]:
+    """Return what every node wrote, and of its result the values."""
+    found = {}
+    for key in graph.nodes:
+        folder = store.folder(key)
+        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        files["result.json"] = canonical_json(read_result(folder)["values"]).encode()
+        found.update({f"{key}/{name}": content for name, content in files.items() if not name.endswith(".npz")})
+    return found

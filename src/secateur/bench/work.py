@@ -24,6 +24,11 @@ Status = Literal["done", "failed", "memory", "disk", "timeout", "lost"]
 TAIL = 20  # lines of a traceback worth keeping
 NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "DefaultCPUAllocator")
 HALF = 0.5
+# What nodes import. The last is what torch loads at the first convolution on the meta device: a second's work.
+PRELOAD = (
+    *("secateur.bench.stages", "secateur.poison", "secateur.repair", "scipy.stats"),
+    "torch.fx.experimental.symbolic_shapes",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,12 @@ class Outcome:
     seconds: float = 0.0
     host: str = ""
     pid: int = 0
+
+
+def warm() -> None:
+    """Import what nodes need, once per process, so that no node's time includes it."""
+    for name in PRELOAD:
+        importlib.import_module(name)
 
 
 def run_job(job: Job) -> Outcome:

@@ -15,13 +15,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 
-from ..work import Job, Outcome, run_job
+from ..work import PRELOAD, Job, Outcome, run_job
 
-# The last is what torch loads at the first convolution on the meta device: a second's work that every node would repeat.
-PRELOAD = (
-    *("secateur.bench.stages", "secateur.poison", "secateur.repair", "scipy.stats"),
-    "torch.fx.experimental.symbolic_shapes",
-)
 ORPHANED = 9
 
 

@@ -1,0 +1,146 @@
+"""On a Ray cluster: one Ray Core task per node. Only configurations and paths travel; results go through the shared store.
+
+The store must be a path that every machine sees. Ray ends a task when its driver dies; what it had committed by then counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import MethodError, SecateurError
+from ..work import Job, Outcome, run_job, warm
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do one day; until then it warns
+}
+OUT_OF_TIME = 97  # exit code of a worker that ran into its job's timeout
+GRACE = 30.0  # seconds after which a job that did not end itself is cancelled
+REFRESH = 5.0  # seconds between looks at the size of the cluster
+
+
+@dataclass
+class _Task:
+    job: Job
+    reference: Any
+    submitted: float
+
+
+class Ray:
+    """Runs as many jobs at once as the cluster has CPUs for.
+
+    Args:
+        workers: For a Ray that is started here: how many jobs at once, by default as many as fit on this machine's cores; on
+            a cluster: at most so many.
+        threads: CPU threads of each job.
+        gpus: GPUs of a Ray that is started here.
+        address: A running cluster, ``HOST:PORT`` or ``auto``; by default ``RAY_ADDRESS``, else one is started here and ends
+            with `close`. A connection that this process has already is used and left open.
+
+    Raises:
+        MethodError: Ray is not installed.
+        SecateurError: The cluster cannot be reached.
+    """
+
+    def __init__(self, *, workers: int | None = None, threads: int = 1, gpus: int = 0, address: str | None = None) -> None:
+        os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+        try:
+            import ray
+        except ImportError:
+            raise MethodError('the executor ray needs Ray; pip install "secateur[ray]", or use --executor local') from None
+        self._ray = ray
+        self._threads, self._most = threads, workers
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            self._connect(address or os.environ.get("RAY_ADDRESS"), gpus)
+        self._call = ray.remote(max_retries=0)(_serve)
+        self._tasks: dict[Any, _Task] = {}
+        self._size, self._looked = 0, -REFRESH
+
+    def _connect(self, address: str | None, gpus: int) -> None:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+        if address is None:
+            cores = self._most * self._threads if self._most else len(os.sched_getaffinity(0))
+            options |= {"address": "local", "num_cpus": max(cores, self._threads), "num_gpus": gpus, "include_dashboard": False}
+            options["_node_ip_address"] = "127.0.0.1"
+        else:
+            options["address"] = address
+        try:
+            self._ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            place = address or "this machine"
+            raise SecateurError(f"cannot reach a Ray cluster at {place}: {_first_line(error)}; check --address") from None
+
+    def free(self) -> int:
+        """Return how many more jobs the cluster has CPUs for."""
+        if time.monotonic() - self._looked >= REFRESH:
+            self._looked = time.monotonic()
+            slots = int(self._ray.cluster_resources().get("CPU", 0)) // self._threads
+            self._size = min(slots, self._most or slots)
+        return self._size - len(self._tasks)
+
+    def submit(self, job: Job) -> None:
+        """Hand the job to Ray."""
+        gpus = 1 if job.node.device == "cuda" else 0
+        reference = self._call.options(num_cpus=job.node.threads, num_gpus=gpus, name=job.node.label).remote(job)
+        self._tasks[reference] = _Task(job, reference, time.monotonic())
+
+    def poll(self, seconds: float) -> Sequence[Outcome]:
+        """Wait until a task ends or is lost with its worker or machine."""
+        if not self._tasks:
+            return []
+        ready, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=seconds)
+        more, _ = self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)
+        for task in self._tasks.values():
+            if task.job.timeout and time.monotonic() - task.submitted > task.job.timeout + GRACE:
+                self._ray.cancel(task.reference, force=True)
+        return [self._outcome(self._tasks.pop(reference)) for reference in {*ready, *more}]
+
+    def close(self) -> None:
+        """Cancel what still runs, and leave the cluster if this executor joined it."""
+        for task in self._tasks.values():
+            self._ray.cancel(task.reference, force=True)
+        self._tasks.clear()
+        if self._ours:
+            self._ray.shutdown()
+
+    def _outcome(self, task: _Task) -> Outcome:
+        errors = self._ray.exceptions
+        elapsed = time.monotonic() - task.submitted
+        key, limit = task.job.node.key, task.job.timeout
+        try:
+            return self._ray.get(task.reference)
+        except errors.OutOfMemoryError:
+            return Outcome(key, "memory", "Ray killed it because its machine ran out of memory", seconds=elapsed)
+        except (errors.WorkerCrashedError, errors.TaskCancelledError) as error:
+            if limit and elapsed >= limit:
+                return Outcome(key, "timeout", f"it took longer than {limit:g} s and was killed", seconds=elapsed)
+            return Outcome(key, "lost", f"its worker died: {_first_line(error)}", seconds=elapsed)
+        except errors.RayTaskError as error:
+            return Outcome(key, "failed", f"its worker could not start it: {_first_line(error)}", str(error)[-4000:], elapsed)
+        except errors.RayError as error:
+            return Outcome(key, "lost", f"its machine was lost: {_first_line(error)}", seconds=elapsed)
+
+
+def _serve(job: Job) -> Outcome:
+    """Run one job in a Ray worker, which ends itself when the time is up: only it knows when the job really began."""
+    warm()
+    timer = threading.Timer(job.timeout, os._exit, (OUT_OF_TIME,)) if job.timeout else None
+    if timer is not None:
+        timer.daemon = True
+        timer.start()
+    try:
+        return run_job(job)
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,329 @@
+"""A plan's table for people: Markdown, or plain text in aligned columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..report.markdown import escape
+from ..report.wording import plain, signed
+from .nodes import COLUMNS
+from .plan import NONE, Plan, Reported
+from .tables import (
+    Config,
+    Count,
+    Difference,
+    Group,
+    Row,
+    Stat,
+    aggregate,
+    attack_labels,
+    count,
+    defence,
+    differences,
+    over_attacks,
+    rankings,
+)
+
+NAMES: Mapping[str, str] = {"accuracy": "accuracy", "attack_success": "ASR", "triggered_accuracy": "triggered accuracy"}
+DEFENCE = ("model", "clean", "repair", "compress")
+GAP = "  "
+NOTHING = "-"
+ATTACK = "attack_success"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled table with notes around it.
+
+    Attributes:
+        title: What it shows.
+        head: One title per column.
+        rows: The cells.
+        keys: How many columns name the row; those that say the same in every row are left out.
+        above: Notes above the table.
+        below: Notes below it.
+    """
+
+    title: str
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    keys: int = 0
+    above: Sequence[str] = ()
+    below: Sequence[str] = ()
+
+    def lines(self) -> list[Sequence[str]]:
+        """Return head and rows without key columns that say the same in every row."""
+        same = {i for i in range(self.keys) if len(self.rows) > 1 and len({row[i] for row in self.rows}) == 1}
+        return [[cell for i, cell in enumerate(row) if i not in same] for row in (self.head, *self.rows)]
+
+
+def render(rows: Sequence[Row], plan: Plan, *, markdown: bool, with_cost: bool = False) -> str:
+    """Return the tables of a plan's cells; every text in it is made harmless for the terminal or for Markdown."""
+    groups = aggregate(rows, plan)
+    sections = [_main(groups, plan), _attacks(groups, plan), _control(groups, plan), _ranks(rows, plan)]
+    sections += [_paired(rows, plan), *([_cost(rows)] if with_cost else []), *_failures(rows), _halved(rows)]
+    shown = [section for section in sections if section.rows or section.above]
+    head = _headline(rows, plan)
+    return "\n".join(_markdown(plan.name, head, shown) if markdown else _text(plan.name, head, shown)).rstrip() + "\n"
+
+
+def _headline(rows: Sequence[Row], plan: Plan) -> list[str]:
+    states = [row.state for row in rows]
+    shown = [f"{states.count(state)} {word}" for state, word in (("done", "done"), ("failed", "failed"), ("todo", "to do"))]
+    if "skipped" in states:
+        shown.insert(2, f"{states.count('skipped')} skipped")
+    seeds = f"{_many(len(plan.victim_seeds), 'victim seed')} x {_many(len(plan.repair_seeds), 'repair seed')}"
+    lines = [f"{_many(len(rows), 'cell')}: {', '.join(shown)}; {seeds}"]
+    if len(plan.victim_seeds) == 1:
+        lines.append("one victim seed: no interval")
+    return lines
+
+
+def _main(groups: Sequence[Group], plan: Plan) -> Section:
+    attacks = [label for label in attack_labels(plan) if any(group.config.backdoor == label for group in groups)]
+    metrics = [name for name in plan.metrics if name != "triggered_accuracy"] or list(plan.metrics)
+    lines = _lines(groups, attacks, "backdoor")
+    sources = list(dict.fromkeys(row.source for line in lines.values() for group in line.values() for row in group.reported))
+    columns = [(attack, metric) for attack in attacks for metric in metrics]
+    published = {c for c in columns if any(_published(line.get(c[0]), c[1], sources) for line in lines.values())}
+    head = [*DEFENCE]
+    for attack, metric in columns:
+        head += [
+            f"{attack} {NAMES[metric]}",
+            *([f"{attack} {NAMES[metric]}, reported"] if (attack, metric) in published else []),
+        ]
+    table = []
+    for config, line in lines.items():
+        cells = _named(config)
+        for attack, metric in columns:
+            group = line.get(attack)
+            cells += [_level(group, metric), *([_published(group, metric, sources)] if (attack, metric) in published else [])]
+        table.append(cells)
+    below = [f"[{i}] reported by: {source}" for i, source in enumerate(sources, 1)] + _unmatched(groups, plan.reported)
+    return Section("Repairs", head, table, len(DEFENCE), _legend(groups, plan), below)
+
+
+def _legend(groups: Sequence[Group], plan: Plan) -> list[str]:
+    many = len(plan.repair_seeds) > 1
+    within = ", repair seeds averaged within each victim" if many else ""
+    spread = " ± standard deviation over victims" if len(plan.victim_seeds) > 1 else ""
+    lines = [f"Percent; mean{spread}{within}; in brackets the worst ASR of any cell."]
+    if any(group.count.failed for group in groups):
+        lines.append("* cells failed: the number is over the done ones only, so many of all.")
+    return lines
+
+
+def _attacks(groups: Sequence[Group], plan: Plan) -> Section:
+    found = over_attacks(groups, plan)
+    head = [*DEFENCE]
+    for metric in plan.metrics:
+        head += [f"mean {NAMES[metric]}", f"worst {NAMES[metric]}"]
+    table = []
+    for row in found:
+        cells = _named((row.model, row.clean, row.repair, row.compress))
+        tag = _tag(row.count) + (f", {row.attacks} of {row.planned} attacks" if row.attacks < row.planned else "")
+        for metric in plan.metrics:
+            if metric in row.mean:
+                cells += [
+                    f"{_pc(row.mean[metric])}{tag}",
+                    f"{_pc(row.worst[metric])} ({row.worst_attack[metric]}){_tag(row.count)}",
+                ]
+            else:
+                cells += [_empty(row.count), NOTHING]
+        table.append(cells)
+    above = ["Percent; mean of the attacks' means, and the worst cell of all attacks and seeds."] if table else []
+    return Section("Over attacks", head, table, len(DEFENCE), above)
+
+
+def _control(groups: Sequence[Group], plan: Plan) -> Section:
+    attacks = attack_labels(plan)
+    benign = [group for group in groups if group.config.backdoor not in attacks]
+    triggers = list(dict.fromkeys(group.config.trigger for group in benign))
+    table, rates = [], [metric for metric in plan.metrics if metric != "accuracy"] if attacks else []
+    for config, line in _lines(benign, triggers, "trigger").items():
+        cells = (
+            [*_named(config), _level(next(iter(line.values())), "accuracy")] if "accuracy" in plan.metrics else _named(config)
+        )
+        table.append(cells + [_level(line.get(trigger), metric) for trigger in triggers for metric in rates])
+    head = [*DEFENCE, *(["accuracy"] if "accuracy" in plan.metrics else [])]
+    head += [f"{NAMES[metric]} under {trigger}" for trigger in triggers for metric in rates]
+    above = ["Networks without a backdoor: the rates that are there under each attack's trigger anyway."] if table else []
+    return Section("Benign control", head, table, len(DEFENCE), above)
+
+
+def _ranks(rows: Sequence[Row], plan: Plan) -> Section:
+    found = rankings(rows, plan)
+    table = []
+    for repair in [choice.label for choice in plan.repairs] if found else ():
+        cells = [repair]
+        for ranking in found:
+            failed = f" ({ranking.failed[repair]} failed)*" if ranking.failed[repair] else ""
+            cells.append(f"{ranking.ranks.mean[repair]:.2f}{failed}" if ranking.ranks.blocks else NOTHING)
+        table.append(cells)
+    blocks = [f"{ranking.ranks.blocks} of {ranking.planned} blocks by {NAMES[ranking.metric]}" for ranking in found]
+    above = [f"1 is best, ties share a rank, a failed cell ranks last; over {', '.join(blocks)}."] if found else []
+    return Section("Mean ranks", ["repair", *(f"rank by {NAMES[r.metric]}" for r in found)], table, 0, above)
+
+
+def _paired(rows: Sequence[Row], plan: Plan) -> Section:
+    found = differences(rows, plan)
+    lines: dict[Config, dict[str, Difference]] = {}
+    for difference in found:
+        lines.setdefault(difference.config, {})[difference.metric] = difference
+    metrics = list(dict.fromkeys(difference.metric for difference in found))
+    table = []
+    for config, line in lines.items():
+        names = [config.model, config.backdoor, _share(config.clean), config.repair, config.compress]
+        table.append(names + [_difference(line[metric]) for metric in metrics])
+    head = ["model", "backdoor", "clean", "repair", "compress", *(f"{NAMES[metric]}, points" for metric in metrics)]
+    above = []
+    if found:
+        seeds = "[95 % t-interval over victims], p of the signed-rank test" if len(plan.victim_seeds) > 1 else "no interval"
+        above = [f"Repair minus '{found[0].baseline}' on the same seeds: mean difference; {seeds}."]
+    return Section("Paired differences", head, table, 5, above)
+
+
+def _difference(found: Difference) -> str:
+    value = found.value
+    done = value.blocks if value else 0
+    tag = _tag(Count(done, found.failed, found.planned - done - found.failed), " pairs")
+    if value is None:
+        return NOTHING + tag
+    text = signed(100 * value.mean, 1)
+    if value.low is not None and value.high is not None:
+        text += f" [{signed(100 * value.low, 1)}, {signed(100 * value.high, 1)}], p={value.p:.3f}"
+    return text + tag
+
+
+def _cost(rows: Iterable[Row]) -> Section:
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.seconds is not None:
+            found.setdefault(defence(row.config), []).append(row)
+    table = []
+    for config, same in found.items():
+        seconds = [row.seconds for row in same if row.seconds is not None]
+        hosts = ", ".join(dict.fromkeys(row.host for row in same))
+        table.append([*_named(config), f"{sum(seconds) / len(seconds):.1f}", hosts])
+    above = ["Mean seconds of the repair and compression of one network; without either, of its training."] if table else []
+    return Section("Cost", [*DEFENCE, "seconds", "hosts"], table, len(DEFENCE), above)
+
+
+def _failures(rows: Sequence[Row]) -> Iterator[Section]:
+    failed = [row for row in rows if row.state == "failed"]
+    skipped: dict[str, int] = {}
+    for row in rows:
+        if row.state == "skipped":
+            skipped[row.error] = skipped.get(row.error, 0) + 1
+    yield Section("Failed cells", [*COLUMNS, "error"], [[*_columns(row), row.error] for row in failed], len(COLUMNS))
+    table = [[str(number), error] for error, number in skipped.items()]
+    yield Section("Skipped cells", ["cells", "because of"], table)
+
+
+def _halved(rows: Iterable[Row]) -> Section:
+    table = [[*_columns(row), row.note] for row in rows if row.note]
+    above = ["Nodes that ran out of memory and then ran with half the batch size."] if table else []
+    return Section("Half batch", [*COLUMNS, "note"], table, len(COLUMNS), above)
+
+
+def _lines(groups: Iterable[Group], labels: Sequence[str], axis: str) -> dict[tuple, dict[str, Group]]:
+    """Return defence -> label on the axis -> group."""
+    found: dict[tuple, dict[str, Group]] = {}
+    for group in groups:
+        label = getattr(group.config, axis)
+        if label in labels:
+            found.setdefault(defence(group.config), {})[label] = group
+    return found
+
+
+def _named(config: Sequence) -> list[str]:
+    model, clean, repair, compress = config
+    return [model, _share(clean), repair, compress]
+
+
+def _columns(row: Row) -> list[str]:
+    cell = row.cell
+    seed = NOTHING if cell.repair_seed is None else str(cell.repair_seed)
+    config = [cell.model, cell.backdoor, cell.trigger, _share(cell.clean), cell.repair, cell.compress]
+    return [*config, str(cell.victim_seed), seed]
+
+
+def _share(clean: float | None) -> str:
+    return NOTHING if clean is None else f"{100 * clean:.4g} %"
+
+
+def _pc(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _level(group: Group | None, metric: str) -> str:
+    """Return ``91.2 ± 0.4``; with how many cells it stands for where some are missing, and a star where some failed."""
+    stat = group.stats.get(metric) if group else None
+    if group is None or stat is None:
+        return _empty(group.count) if group else NOTHING
+    worst = f" ({_pc(stat.worst)})" if metric == ATTACK and group.count.done > 1 else ""
+    return f"{_mean(stat)}{worst}{_tag(group.count)}"
+
+
+def _mean(stat: Stat) -> str:
+    spread = f" ± {_pc(stat.summary.sd)}" if stat.summary.sd is not None else ""
+    return _pc(stat.summary.mean) + spread
+
+
+def _tag(count: Count, unit: str = "") -> str:
+    if count.done == count.total:
+        return ""
+    return f", {count.done} of {count.total}{unit}{'*' if count.failed else ''}"
+
+
+def _empty(count: Count) -> str:
+    if count.failed == count.total:
+        return "failed*"
+    return "to do" if count.todo == count.total else NOTHING + _tag(count)
+
+
+def _published(group: Group | None, metric: str, sources: Sequence[str]) -> str:
+    rows = [row for row in group.reported if metric in row.values] if group else []
+    return ", ".join(f"{_pc(row.values[metric])} [{sources.index(row.source) + 1}]" for row in rows)
+
+
+def _unmatched(groups: Iterable[Group], reported: Sequence[Reported]) -> list[str]:
+    matched = {id(row) for group in groups for row in group.reported}
+    left = [row for row in reported if id(row) not in matched]
+    return [f"not in this table, reported by: {row.source} for {dict(row.where)}" for row in left]
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _markdown(name: str, head: Sequence[str], sections: Iterable[Section]) -> Iterator[str]:
+    yield from (f"# {escape(name)}", "", *_bullets(head))
+    for section in sections:
+        yield from (f"## {escape(section.title)}", "", *_bullets(section.above))
+        if section.rows:
+            titles, *rows = section.lines()
+            yield from (_bar(map(escape, titles)), _bar("---" for _ in titles))
+            yield from (_bar(map(escape, row)) for row in rows)
+            yield ""
+        yield from _bullets(section.below)
+
+
+def _bullets(lines: Sequence[str]) -> list[str]:
+    return [*(f"- {escape(line)}" for line in lines), ""] if lines else []
+
+
+def _bar(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _text(name: str, head: Sequence[str], sections: Iterable[Section]) -> Iterator[str]:
+    yield from (plain(name), *map(plain, head))
+    for section in sections:
+        yield from ("", section.title.upper(), *map(plain, section.above))
+        if section.rows:
+            lines = [[plain(cell) for cell in line] for line in section.lines()]
+            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            yield from (GAP.join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        yield from map(plain, section.below)

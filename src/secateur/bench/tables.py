@@ -1,0 +1,504 @@
+"""From a store to a table: every cell of a plan, and means, ranks and differences that never hide a failed cell.
+
+A cell is ``done``; ``failed``: one of its own steps failed; ``skipped``: its victim, images or trigger failed; or ``todo``.
+Whatever is averaged carries the counts of the cells it stands for. Rates lie in [0, 1].
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ..errors import DataError, MethodError, check_choice
+from ..report.wording import plain
+from . import stats
+from .nodes import COLUMNS, Cell, Graph
+from .plan import NONE, Plan, Reported
+from .store import RESULT, Store
+
+State = Literal["done", "failed", "skipped", "todo"]
+FORMATS = ("text", "csv", "json", "md")
+RANKED = ("attack_success", "accuracy")
+LOWER = frozenset({"attack_success"})  # metrics of which less is better
+BASELINE = "fine-tuning"
+FLOAT = "{:.4f}"
+
+
+class Config(NamedTuple):
+    """What the cells of a group share: all columns but the seeds."""
+
+    model: str
+    backdoor: str
+    trigger: str
+    clean: float | None
+    repair: str
+    compress: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell with its results.
+
+    Attributes:
+        cell: Where it stands.
+        state: See above.
+        error: For failed and skipped cells the failed node and its message, on one line.
+        rates: Metric -> ``value``, ``low``, ``high`` (Wilson, over images) and ``n``; only what was measured.
+        parameters: Of the measured network.
+        nonzero: How many of them are not 0.
+        macs: Multiply-accumulates for one image.
+        removed_share: Share that the repair cut, in [0, 1], if it says so.
+        note: Which of its nodes ran at half batch.
+        seconds: Time of the repair and the compression; of the training where there is neither.
+        host: Where that was.
+    """
+
+    cell: Cell
+    state: State
+    error: str = ""
+    rates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    parameters: int | None = None
+    nonzero: int | None = None
+    macs: int | None = None
+    removed_share: float | None = None
+    note: str = ""
+    seconds: float | None = None
+    host: str = ""
+
+    @property
+    def config(self) -> Config:
+        """The cell's columns without the seeds."""
+        cell = self.cell
+        return Config(cell.model, cell.backdoor, cell.trigger, cell.clean, cell.repair, cell.compress)
+
+    @property
+    def block(self) -> stats.Block:
+        """The cell's seeds."""
+        return self.cell.victim_seed, self.cell.repair_seed
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many cells a number stands for; ``failed`` counts skipped ones too."""
+
+    done: int
+    failed: int
+    todo: int
+
+    @property
+    def total(self) -> int:
+        """All cells."""
+        return self.done + self.failed + self.todo
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A metric over the done cells of a group: its mean over victims, and its worst cell."""
+
+    summary: stats.Summary
+    worst: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells that differ in their seeds alone, and what was published for them."""
+
+    config: Config
+    count: Count
+    stats: Mapping[str, Stat]
+    reported: tuple[Reported, ...] = ()
+
+
+@dataclass(frozen=True)
+class OverAttacks:
+    """One defence over all attacks of the plan; the benign control is no part of it.
+
+    Attributes:
+        model: As in `Config`.
+        clean: Likewise.
+        repair: Likewise.
+        compress: Likewise.
+        count: Its cells.
+        attacks: Attacks with a done cell, which the mean is over.
+        planned: Attacks in the plan.
+        mean: Metric -> mean of the attacks' means.
+        worst: Metric -> worst cell of all.
+        worst_attack: Metric -> the attack of that cell.
+    """
+
+    model: str
+    clean: float | None
+    repair: str
+    compress: str
+    count: Count
+    attacks: int
+    planned: int
+    mean: Mapping[str, float]
+    worst: Mapping[str, float]
+    worst_attack: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Mean ranks of the repairs by a metric over blocks: one model, attack, share, compression and pair of seeds each.
+
+    A failed cell ranks last in its block. Blocks with cells still to do, and those in which every repair failed, are left out.
+
+    Attributes:
+        metric: What they are ranked by.
+        ranks: Repair -> mean rank, and the number of blocks.
+        planned: Number of blocks in the plan.
+        failed: Repair -> failed cells in the blocks ranked.
+    """
+
+    metric: str
+    ranks: stats.Ranks
+    planned: int
+    failed: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A repair minus the baseline on the same seeds.
+
+    Attributes:
+        config: Of the repair.
+        baseline: The repair it is compared with.
+        metric: What is compared.
+        value: The difference, in [-1, 1]; None when no pair is done.
+        planned: Pairs in the plan.
+        failed: Pairs in which either failed.
+    """
+
+    config: Config
+    baseline: str
+    metric: str
+    value: stats.Paired | None
+    planned: int
+    failed: int
+
+
+def rows(graph: Graph, store: Store) -> list[Row]:
+    """Return every cell of a plan, in the plan's order, with what the store knows of it.
+
+    Raises:
+        DataError: A result cannot be read.
+    """
+    reader, failures = _Reader(store), store.failures()
+    return [reader.row(cell, graph) or _unfinished(cell, graph, failures) for cell in graph.cells]
+
+
+def aggregate(rows: Iterable[Row], plan: Plan) -> list[Group]:
+    """Return the rows grouped over their seeds, in their order.
+
+    Statistics are over the done cells alone, so they are to be read with the group's count.
+    """
+    return [_group(config, found, plan) for config, found in _by_config(rows).items()]
+
+
+def over_attacks(groups: Iterable[Group], plan: Plan) -> list[OverAttacks]:
+    """Return every defence over all attacks; nothing for a plan of fewer than two."""
+    attacks = attack_labels(plan)
+    defences: dict[tuple[str, float | None, str, str], list[Group]] = {}
+    for group in groups:
+        if group.config.backdoor in attacks:
+            defences.setdefault(defence(group.config), []).append(group)
+    return [_over(key, found, plan) for key, found in defences.items()] if len(attacks) > 1 else []
+
+
+def rankings(rows: Iterable[Row], plan: Plan) -> list[Ranking]:
+    """Return the mean ranks of the plan's repairs by attack success and by accuracy; nothing for fewer than two repairs."""
+    attacks, repairs = attack_labels(plan), [choice.label for choice in plan.repairs]
+    blocks: dict[tuple, list[Row]] = {}
+    for row in rows:
+        config = row.config
+        if config.repair in repairs and config.backdoor in attacks:
+            blocks.setdefault((*config._replace(repair=""), *row.block), []).append(row)
+    if len(repairs) < 2 or not blocks:
+        return []
+    return [_ranking(metric, list(blocks.values()), repairs) for metric in RANKED if metric in plan.metrics]
+
+
+def differences(rows: Iterable[Row], plan: Plan, baseline: str | None = None) -> list[Difference]:
+    """Return every repair minus a baseline, per attack and metric, paired by seeds.
+
+    Args:
+        rows: All cells.
+        plan: Their plan.
+        baseline: Label of a repair, or ``none``; by default the plan's first fine-tuning, else ``none``.
+
+    Raises:
+        MethodError: The plan has no such repair.
+    """
+    labels = [choice.label for choice in plan.repairs]
+    if baseline is None:
+        baseline = next((choice.label for choice in plan.repairs if choice.name == BASELINE), NONE)
+    check_choice("baseline", baseline, [*labels, NONE])
+    found = {config: {row.block: row for row in rows} for config, rows in _by_config(rows).items()}
+    attacks = attack_labels(plan)
+    return [
+        _difference(config, of_repair, base, baseline, metric)
+        for config, of_repair in found.items()
+        if config.backdoor in attacks and config.repair not in (baseline, NONE) and (base := _base(found, config, baseline))
+        for metric in RANKED
+        if metric in plan.metrics
+    ]
+
+
+def attack_labels(plan: Plan) -> list[str]:
+    """Return the labels of the plan's backdoors without the benign control."""
+    return [choice.label for choice in plan.backdoors if choice.name != NONE]
+
+
+def defence(config: Config) -> tuple[str, float | None, str, str]:
+    """Return model, clean share, repair and compression."""
+    return config.model, config.clean, config.repair, config.compress
+
+
+def count(rows: Iterable[Row]) -> Count:
+    """Count rows by state."""
+    states = [row.state for row in rows]
+    done, todo = states.count("done"), states.count("todo")
+    return Count(done, len(states) - done - todo, todo)
+
+
+def render(plan: Plan, graph: Graph, store: Store, format: str, *, with_cost: bool = False) -> str:
+    """Return a plan's table in one of `FORMATS`: CSV has a line per cell, the others what they add up to as well.
+
+    Args:
+        plan: The plan.
+        graph: Its nodes.
+        store: Where their results are.
+        format: One of `FORMATS`.
+        with_cost: Also seconds and hosts, which differ from run to run.
+
+    Raises:
+        MethodError: There is no such format.
+        DataError: A result cannot be read.
+    """
+    check_choice("format", format, FORMATS)
+    found = rows(graph, store)
+    if format == "csv":
+        return _csv(found, plan, with_cost)
+    if format == "json":
+        return _json(found, plan, with_cost)
+    from . import layout
+
+    return layout.render(found, plan, markdown=format == "md", with_cost=with_cost)
+
+
+def to_parquet(path: str | Path, plan: Plan, graph: Graph, store: Store, *, with_cost: bool = False) -> None:
+    """Write the cells as Parquet, with the columns and the order of the CSV.
+
+    Raises:
+        MethodError: pyarrow is missing.
+        DataError: A result cannot be read, or the file cannot be written.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise MethodError("writing Parquet needs pyarrow; run: pip install secateur[parquet]") from None
+    types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64()}
+    columns = _columns(plan, with_cost)
+    schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
+    records = [_record(row, columns) for row in sorted(rows(graph, store), key=_order)]
+    try:
+        pq.write_table(pyarrow.Table.from_pylist(records, schema=schema), str(path))
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}; name another file") from None
+
+
+class _Reader:
+    """Reads each result once."""
+
+    def __init__(self, store: Store) -> None:
+        self._nodes = f"{store.root}/nodes"
+        self._kept: dict[str, dict[str, Any] | None] = {}
+
+    def row(self, cell: Cell, graph: Graph) -> Row | None:
+        """Return the row of a done cell."""
+        end = self._read(cell.keys[-1])
+        if end is None:
+            return None
+        steps = [(graph.nodes[key].stage, self._keep(key)) for key in cell.keys[:-1]]
+        known = [(stage, result) for stage, result in steps if result is not None]
+        log = next((result["values"].get("log", {}) for stage, result in known if stage == "repair"), {})
+        halved = [stage for stage, result in [*known, ("measure", end)] if result["batch_scale"] != 1]
+        work = [result for stage, result in known if stage != "victim" or len(steps) == 1]
+        size = end["values"].get("cost", {})
+        return Row(
+            cell,
+            "done",
+            rates={name: rate for name, rate in end["values"]["rates"].items() if rate is not None},
+            parameters=size.get("parameters"),
+            nonzero=size.get("nonzero"),
+            macs=size.get("macs"),
+            removed_share=log.get("removed_share"),
+            note=f"half batch ({', '.join(halved)})" if halved else "",
+            seconds=sum(result["cost"]["seconds"] for result in work) if work else None,
+            host=" ".join(dict.fromkeys(result["environment"]["host"] for result in work)),
+        )
+
+    def _keep(self, key: str) -> dict[str, Any] | None:
+        if key not in self._kept:
+            self._kept[key] = self._read(key)
+        return self._kept[key]
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        path = f"{self._nodes}/{key[:2]}/{key}/{RESULT}"
+        try:
+            with open(path, "rb") as file:
+                return json.loads(file.read())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {path} ({error}); delete its folder and run the plan again") from None
+
+
+def _unfinished(cell: Cell, graph: Graph, failures: Mapping[str, Mapping[str, Any]]) -> Row:
+    own = cell.keys[1:] if len(cell.keys) > 2 else cell.keys
+    for key in (*own, *cell.keys, *graph.nodes[cell.keys[-1]].parents.values()):
+        if key in failures:
+            message = failures[key].get("message") or failures[key].get("status", "failed")
+            return Row(cell, "failed" if key in own else "skipped", plain(f"{graph.nodes[key].label}: {message}"))
+    return Row(cell, "todo")
+
+
+def _by_config(rows: Iterable[Row]) -> dict[Config, list[Row]]:
+    found: dict[Config, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.config, []).append(row)
+    return found
+
+
+def _group(config: Config, rows: Sequence[Row], plan: Plan) -> Group:
+    found = {}
+    for metric in plan.metrics:
+        values = {row.block: row.rates[metric]["value"] for row in rows if metric in row.rates}
+        if values:
+            found[metric] = Stat(stats.summary(stats.by_victim(values)), _worst(metric, values.values()))
+    columns = config._asdict()
+    reported = tuple(row for row in plan.reported if row.where.items() <= columns.items())
+    return Group(config, count(rows), found, reported)
+
+
+def _worst(metric: str, values: Iterable[float]) -> float:
+    return max(values) if metric in LOWER else min(values)
+
+
+def _over(key: tuple[str, float | None, str, str], groups: Sequence[Group], plan: Plan) -> OverAttacks:
+    mean, worst, attack = {}, {}, {}
+    for metric in plan.metrics:
+        known = {group.config.backdoor: group.stats[metric] for group in groups if metric in group.stats}
+        if known:
+            mean[metric] = sum(stat.summary.mean for stat in known.values()) / len(known)
+            worst[metric] = _worst(metric, [stat.worst for stat in known.values()])
+            attack[metric] = next(label for label, stat in known.items() if stat.worst == worst[metric])
+    counts = [group.count for group in groups]
+    total = Count(sum(c.done for c in counts), sum(c.failed for c in counts), sum(c.todo for c in counts))
+    return OverAttacks(*key, total, sum(c.done > 0 for c in counts), len(groups), mean, worst, attack)
+
+
+def _ranking(metric: str, blocks: Sequence[Sequence[Row]], repairs: Sequence[str]) -> Ranking:
+    ranked: list[dict[str, float | None]] = []
+    for block in blocks:
+        values = {row.cell.repair: row.rates[metric]["value"] if metric in row.rates else None for row in block}
+        if all(row.state != "todo" for row in block) and any(value is not None for value in values.values()):
+            ranked.append({repair: values.get(repair) for repair in repairs})
+    ranks = stats.mean_ranks(ranked, lower=metric in LOWER)
+    failed = {repair: sum(block[repair] is None for block in ranked) for repair in repairs}
+    return Ranking(metric, ranks, len(blocks), failed)
+
+
+def _base(found: Mapping[Config, Mapping[stats.Block, Row]], config: Config, baseline: str) -> Mapping[stats.Block, Row]:
+    """Return the baseline's rows; the network without repair stands in the table without a clean share."""
+    wanted = config._replace(repair=baseline)
+    return found.get(wanted) or found.get(wanted._replace(clean=None), {})
+
+
+def _difference(
+    config: Config, a: Mapping[stats.Block, Row], b: Mapping[stats.Block, Row], baseline: str, metric: str
+) -> Difference:
+    pairs = {block: (row, b.get(block) or b.get((block[0], None))) for block, row in a.items()}
+    both = {block: (x, y) for block, (x, y) in pairs.items() if y is not None}
+    done = {block: pair for block, pair in both.items() if all(metric in row.rates for row in pair)}
+    left = {block: x.rates[metric]["value"] for block, (x, _) in done.items()}
+    right = {block: y.rates[metric]["value"] for block, (_, y) in done.items()}
+    failed = sum(any(row.state in ("failed", "skipped") for row in pair) for pair in both.values())
+    return Difference(config, baseline, metric, stats.paired(left, right) if done else None, len(both), failed)
+
+
+def _columns(plan: Plan, with_cost: bool) -> dict[str, type]:
+    """Return the columns of the CSV and what they hold."""
+    columns: dict[str, type] = dict.fromkeys(COLUMNS, str)
+    columns |= {"clean": float, "victim_seed": int, "repair_seed": int, "state": str}
+    for metric in plan.metrics:
+        columns |= {metric: float, f"{metric}_low": float, f"{metric}_high": float, f"{metric}_n": int}
+    columns |= {"removed_share": float, "parameters": int, "nonzero": int, "macs": int, "note": str, "error": str}
+    return columns | ({"seconds": float, "host": str} if with_cost else {})
+
+
+def _record(row: Row, columns: Iterable[str]) -> dict[str, Any]:
+    values = {**vars(row.cell), **vars(row)}
+    for metric, rate in row.rates.items():
+        values |= {metric: rate["value"], **{f"{metric}_{part}": rate[part] for part in ("low", "high", "n")}}
+    return {name: values.get(name) for name in columns}
+
+
+def _order(row: Row) -> list[tuple[bool, Any]]:
+    values = [getattr(row.cell, name) for name in COLUMNS]
+    return [(value is not None, value) for value in values]  # False < True, so None comes first and is never compared
+
+
+def _csv(rows: Iterable[Row], plan: Plan, with_cost: bool) -> str:
+    columns = _columns(plan, with_cost)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in sorted(rows, key=_order):
+        writer.writerow([_plain(name, value) for name, value in _record(row, columns).items()])
+    return text.getvalue()
+
+
+def _plain(column: str, value: Any) -> str:
+    if column == "clean" and value is not None:
+        return f"{value:.10g}"
+    if isinstance(value, float):
+        return FLOAT.format(value)
+    return "" if value is None else plain(str(value))
+
+
+def _json(rows: Sequence[Row], plan: Plan, with_cost: bool) -> str:
+    groups = aggregate(rows, plan)
+    document = {
+        "schema_version": 1,
+        "kind": "bench",
+        "plan": plan.name,
+        "cells": [_cell_json(row, plan, with_cost) for row in rows],
+        "groups": [{**_flat(group), "reported": [_reported_json(row) for row in group.reported]} for group in groups],
+        "attacks": [asdict(row) for row in over_attacks(groups, plan)],
+        "ranks": [asdict(ranking) for ranking in rankings(rows, plan)],
+        "paired": [_flat(difference) for difference in differences(rows, plan)],
+    }
+    return json.dumps(document, allow_nan=False) + "\n"
+
+
+def _cell_json(row: Row, plan: Plan, with_cost: bool) -> dict[str, Any]:
+    values = {**vars(row.cell), **vars(row)}
+    names = [*COLUMNS, "state", "error", "parameters", "nonzero", "macs", "removed_share", "note"]
+    kept = {name: values[name] for name in (*names, *(("seconds", "host") if with_cost else ()))}
+    return {**kept, "rates": {metric: row.rates.get(metric) for metric in plan.metrics}}
+
+
+def _flat(item: Group | Difference) -> dict[str, Any]:
+    return {**item.config._asdict(), **{name: value for name, value in asdict(item).items() if name != "config"}}
+
+
+def _reported_json(row: Reported) -> dict[str, Any]:
+    return {"source": row.source, "values": dict(row.values)}
