@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ..report.markdown import escape
 from ..report.wording import plain, signed
 from .nodes import COLUMNS
-from .plan import NONE, Plan, Reported
+from .plan import Plan, Reported
 from .tables import (
+    ATTACK,
     Config,
     Count,
+    Defence,
     Difference,
     Group,
     Row,
-    Stat,
     aggregate,
     attack_labels,
-    count,
-    defence,
     differences,
     over_attacks,
     rankings,
 )
 
+Column = tuple[str, str, Callable[[Group], str]]  # title, the backdoor or trigger it is about, and what it shows
+Lines = Mapping[Defence, Mapping[str, Group]]  # by backdoor or trigger
+
 NAMES: Mapping[str, str] = {"accuracy": "accuracy", "attack_success": "ASR", "triggered_accuracy": "triggered accuracy"}
-DEFENCE = ("model", "clean", "repair", "compress")
+DEFENCE = Defence._fields
 GAP = "  "
 NOTHING = "-"
-ATTACK = "attack_success"
 
 
 @dataclass(frozen=True)
@@ -81,27 +83,28 @@ def _headline(rows: Sequence[Row], plan: Plan) -> list[str]:
 
 
 def _main(groups: Sequence[Group], plan: Plan) -> Section:
-    attacks = [label for label in attack_labels(plan) if any(group.config.backdoor == label for group in groups)]
-    metrics = [name for name in plan.metrics if name != "triggered_accuracy"] or list(plan.metrics)
+    attacks = attack_labels(plan)
     lines = _lines(groups, attacks, "backdoor")
     sources = list(dict.fromkeys(row.source for line in lines.values() for group in line.values() for row in group.reported))
-    columns = [(attack, metric) for attack in attacks for metric in metrics]
-    published = {c for c in columns if any(_published(line.get(c[0]), c[1], sources) for line in lines.values())}
-    head = [*DEFENCE]
-    for attack, metric in columns:
-        head += [
-            f"{attack} {NAMES[metric]}",
-            *([f"{attack} {NAMES[metric]}, reported"] if (attack, metric) in published else []),
-        ]
-    table = []
-    for config, line in lines.items():
-        cells = _named(config)
-        for attack, metric in columns:
-            group = line.get(attack)
-            cells += [_level(group, metric), *([_published(group, metric, sources)] if (attack, metric) in published else [])]
-        table.append(cells)
+    columns: list[Column] = []
+    for attack in attacks:
+        for metric in [name for name in plan.metrics if name != "triggered_accuracy"] or plan.metrics:
+            title, published = f"{attack} {NAMES[metric]}", partial(_published, metric=metric, sources=sources)
+            columns.append((title, attack, partial(_level, metric=metric)))
+            if any(published(line[attack]) for line in lines.values() if attack in line):
+                columns.append((f"{title}, reported", attack, published))
     below = [f"[{i}] reported by: {source}" for i, source in enumerate(sources, 1)] + _unmatched(groups, plan.reported)
-    return Section("Repairs", head, table, len(DEFENCE), _legend(groups, plan), below)
+    return _grid("Repairs", lines, columns, _legend(groups, plan), below)
+
+
+def _grid(title: str, lines: Lines, columns: Sequence[Column], above: Sequence[str], below: Sequence[str] = ()) -> Section:
+    """Return a table with a row per defence and the columns given."""
+    rows = [
+        [*_named(defence), *(show(line[label]) if label in line else NOTHING for _, label, show in columns)]
+        for defence, line in lines.items()
+    ]
+    head = [*DEFENCE, *(name for name, _, _ in columns)]
+    return Section(title, head, rows, len(DEFENCE), above if rows else (), below)
 
 
 def _legend(groups: Sequence[Group], plan: Plan) -> list[str]:
@@ -115,23 +118,16 @@ def _legend(groups: Sequence[Group], plan: Plan) -> list[str]:
 
 
 def _attacks(groups: Sequence[Group], plan: Plan) -> Section:
-    found = over_attacks(groups, plan)
-    head = [*DEFENCE]
-    for metric in plan.metrics:
-        head += [f"mean {NAMES[metric]}", f"worst {NAMES[metric]}"]
     table = []
-    for row in found:
-        cells = _named((row.model, row.clean, row.repair, row.compress))
-        tag = _tag(row.count) + (f", {row.attacks} of {row.planned} attacks" if row.attacks < row.planned else "")
+    for row in over_attacks(groups, plan):
+        cells = _named(row.defence)
+        tag = _tag(row.count)
+        some = f", {row.attacks} of {row.planned} attacks" if row.attacks < row.planned else ""
         for metric in plan.metrics:
-            if metric in row.mean:
-                cells += [
-                    f"{_pc(row.mean[metric])}{tag}",
-                    f"{_pc(row.worst[metric])} ({row.worst_attack[metric]}){_tag(row.count)}",
-                ]
-            else:
-                cells += [_empty(row.count), NOTHING]
+            cells.append(f"{_pc(row.mean[metric])}{tag}{some}" if metric in row.mean else _empty(row.count))
+            cells.append(f"{_pc(row.worst[metric])} ({row.worst_attack[metric]}){tag}" if metric in row.mean else NOTHING)
         table.append(cells)
+    head = [*DEFENCE, *(f"{what} {NAMES[metric]}" for metric in plan.metrics for what in ("mean", "worst"))]
     above = ["Percent; mean of the attacks' means, and the worst cell of all attacks and seeds."] if table else []
     return Section("Over attacks", head, table, len(DEFENCE), above)
 
@@ -140,16 +136,15 @@ def _control(groups: Sequence[Group], plan: Plan) -> Section:
     attacks = attack_labels(plan)
     benign = [group for group in groups if group.config.backdoor not in attacks]
     triggers = list(dict.fromkeys(group.config.trigger for group in benign))
-    table, rates = [], [metric for metric in plan.metrics if metric != "accuracy"] if attacks else []
-    for config, line in _lines(benign, triggers, "trigger").items():
-        cells = (
-            [*_named(config), _level(next(iter(line.values())), "accuracy")] if "accuracy" in plan.metrics else _named(config)
-        )
-        table.append(cells + [_level(line.get(trigger), metric) for trigger in triggers for metric in rates])
-    head = [*DEFENCE, *(["accuracy"] if "accuracy" in plan.metrics else [])]
-    head += [f"{NAMES[metric]} under {trigger}" for trigger in triggers for metric in rates]
-    above = ["Networks without a backdoor: the rates that are there under each attack's trigger anyway."] if table else []
-    return Section("Benign control", head, table, len(DEFENCE), above)
+    columns: list[Column] = []
+    for metric in plan.metrics:
+        show = partial(_level, metric=metric)
+        if metric == "accuracy":  # of clean images, the same under every trigger
+            columns += [(NAMES[metric], trigger, show) for trigger in triggers[:1]]
+        elif attacks:
+            columns += [(f"{NAMES[metric]} under {trigger}", trigger, show) for trigger in triggers]
+    above = ["Networks without a backdoor: the rates that are there under each attack's trigger anyway."]
+    return _grid("Benign control", _lines(benign, triggers, "trigger"), columns, above)
 
 
 def _ranks(rows: Sequence[Row], plan: Plan) -> Section:
@@ -197,15 +192,15 @@ def _difference(found: Difference) -> str:
 
 
 def _cost(rows: Iterable[Row]) -> Section:
-    found: dict[tuple, list[Row]] = {}
+    found: dict[Defence, list[Row]] = {}
     for row in rows:
         if row.seconds is not None:
-            found.setdefault(defence(row.config), []).append(row)
+            found.setdefault(row.config.defence, []).append(row)
     table = []
-    for config, same in found.items():
+    for defence, same in found.items():
         seconds = [row.seconds for row in same if row.seconds is not None]
         hosts = ", ".join(dict.fromkeys(row.host for row in same))
-        table.append([*_named(config), f"{sum(seconds) / len(seconds):.1f}", hosts])
+        table.append([*_named(defence), f"{sum(seconds) / len(seconds):.1f}", hosts])
     above = ["Mean seconds of the repair and compression of one network; without either, of its training."] if table else []
     return Section("Cost", [*DEFENCE, "seconds", "hosts"], table, len(DEFENCE), above)
 
@@ -227,19 +222,17 @@ def _halved(rows: Iterable[Row]) -> Section:
     return Section("Half batch", [*COLUMNS, "note"], table, len(COLUMNS), above)
 
 
-def _lines(groups: Iterable[Group], labels: Sequence[str], axis: str) -> dict[tuple, dict[str, Group]]:
-    """Return defence -> label on the axis -> group."""
-    found: dict[tuple, dict[str, Group]] = {}
+def _lines(groups: Iterable[Group], labels: Sequence[str], axis: str) -> Lines:
+    found: dict[Defence, dict[str, Group]] = {}
     for group in groups:
         label = getattr(group.config, axis)
         if label in labels:
-            found.setdefault(defence(group.config), {})[label] = group
+            found.setdefault(group.config.defence, {})[label] = group
     return found
 
 
-def _named(config: Sequence) -> list[str]:
-    model, clean, repair, compress = config
-    return [model, _share(clean), repair, compress]
+def _named(defence: Defence) -> list[str]:
+    return [defence.model, _share(defence.clean), defence.repair, defence.compress]
 
 
 def _columns(row: Row) -> list[str]:
@@ -257,18 +250,14 @@ def _pc(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _level(group: Group | None, metric: str) -> str:
+def _level(group: Group, metric: str) -> str:
     """Return ``91.2 ± 0.4``; with how many cells it stands for where some are missing, and a star where some failed."""
-    stat = group.stats.get(metric) if group else None
-    if group is None or stat is None:
-        return _empty(group.count) if group else NOTHING
-    worst = f" ({_pc(stat.worst)})" if metric == ATTACK and group.count.done > 1 else ""
-    return f"{_mean(stat)}{worst}{_tag(group.count)}"
-
-
-def _mean(stat: Stat) -> str:
+    stat = group.stats.get(metric)
+    if stat is None:
+        return _empty(group.count)
     spread = f" ± {_pc(stat.summary.sd)}" if stat.summary.sd is not None else ""
-    return _pc(stat.summary.mean) + spread
+    worst = f" ({_pc(stat.worst)})" if metric == ATTACK and group.count.done > 1 else ""
+    return f"{_pc(stat.summary.mean)}{spread}{worst}{_tag(group.count)}"
 
 
 def _tag(count: Count, unit: str = "") -> str:
@@ -283,8 +272,8 @@ def _empty(count: Count) -> str:
     return "to do" if count.todo == count.total else NOTHING + _tag(count)
 
 
-def _published(group: Group | None, metric: str, sources: Sequence[str]) -> str:
-    rows = [row for row in group.reported if metric in row.values] if group else []
+def _published(group: Group, metric: str, sources: Sequence[str]) -> str:
+    rows = [row for row in group.reported if metric in row.values]
     return ", ".join(f"{_pc(row.values[metric])} [{sources.index(row.source) + 1}]" for row in rows)
 
 

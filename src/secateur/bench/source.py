@@ -34,7 +34,7 @@ def _parse(path: str) -> tuple[Path | None, str]:
 
 def _of(where: Path | None) -> str:
     if where is None:
-        assets = files("secateur.data").joinpath("assets")
+        assets = files("secateur").joinpath("data", "assets")
         packed = sorted((asset for asset in assets.iterdir() if asset.name.endswith(".xz")), key=lambda asset: asset.name)
         return hashlib.sha256(b"".join(asset.read_bytes() for asset in packed)).hexdigest()
     if not where.is_dir():

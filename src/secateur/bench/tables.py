@@ -23,10 +23,20 @@ from .store import RESULT, Store
 
 State = Literal["done", "failed", "skipped", "todo"]
 FORMATS = ("text", "csv", "json", "md")
-RANKED = ("attack_success", "accuracy")
-LOWER = frozenset({"attack_success"})  # metrics of which less is better
+ATTACK = "attack_success"
+RANKED = (ATTACK, "accuracy")
+LOWER = frozenset({ATTACK})  # metrics of which less is better
 BASELINE = "fine-tuning"
 FLOAT = "{:.4f}"
+
+
+class Defence(NamedTuple):
+    """What is done to which architecture."""
+
+    model: str
+    clean: float | None
+    repair: str
+    compress: str
 
 
 class Config(NamedTuple):
@@ -38,6 +48,11 @@ class Config(NamedTuple):
     clean: float | None
     repair: str
     compress: str
+
+    @property
+    def defence(self) -> Defence:
+        """The columns without backdoor and trigger."""
+        return Defence(self.model, self.clean, self.repair, self.compress)
 
 
 @dataclass(frozen=True)
@@ -119,10 +134,7 @@ class OverAttacks:
     """One defence over all attacks of the plan; the benign control is no part of it.
 
     Attributes:
-        model: As in `Config`.
-        clean: Likewise.
-        repair: Likewise.
-        compress: Likewise.
+        defence: Which.
         count: Its cells.
         attacks: Attacks with a done cell, which the mean is over.
         planned: Attacks in the plan.
@@ -131,10 +143,7 @@ class OverAttacks:
         worst_attack: Metric -> the attack of that cell.
     """
 
-    model: str
-    clean: float | None
-    repair: str
-    compress: str
+    defence: Defence
     count: Count
     attacks: int
     planned: int
@@ -204,10 +213,10 @@ def aggregate(rows: Iterable[Row], plan: Plan) -> list[Group]:
 def over_attacks(groups: Iterable[Group], plan: Plan) -> list[OverAttacks]:
     """Return every defence over all attacks; nothing for a plan of fewer than two."""
     attacks = attack_labels(plan)
-    defences: dict[tuple[str, float | None, str, str], list[Group]] = {}
+    defences: dict[Defence, list[Group]] = {}
     for group in groups:
         if group.config.backdoor in attacks:
-            defences.setdefault(defence(group.config), []).append(group)
+            defences.setdefault(group.config.defence, []).append(group)
     return [_over(key, found, plan) for key, found in defences.items()] if len(attacks) > 1 else []
 
 
@@ -253,11 +262,6 @@ def differences(rows: Iterable[Row], plan: Plan, baseline: str | None = None) ->
 def attack_labels(plan: Plan) -> list[str]:
     """Return the labels of the plan's backdoors without the benign control."""
     return [choice.label for choice in plan.backdoors if choice.name != NONE]
-
-
-def defence(config: Config) -> tuple[str, float | None, str, str]:
-    """Return model, clean share, repair and compression."""
-    return config.model, config.clean, config.repair, config.compress
 
 
 def count(rows: Iterable[Row]) -> Count:
@@ -362,8 +366,9 @@ class _Reader:
 
 
 def _unfinished(cell: Cell, graph: Graph, failures: Mapping[str, Mapping[str, Any]]) -> Row:
+    parents = graph.nodes[cell.keys[-1]].parents.values()
     own = cell.keys[1:] if len(cell.keys) > 2 else cell.keys
-    for key in (*own, *cell.keys, *graph.nodes[cell.keys[-1]].parents.values()):
+    for key in (*own, *cell.keys, *parents):
         if key in failures:
             message = failures[key].get("message") or failures[key].get("status", "failed")
             return Row(cell, "failed" if key in own else "skipped", plain(f"{graph.nodes[key].label}: {message}"))
@@ -392,7 +397,7 @@ def _worst(metric: str, values: Iterable[float]) -> float:
     return max(values) if metric in LOWER else min(values)
 
 
-def _over(key: tuple[str, float | None, str, str], groups: Sequence[Group], plan: Plan) -> OverAttacks:
+def _over(key: Defence, groups: Sequence[Group], plan: Plan) -> OverAttacks:
     mean, worst, attack = {}, {}, {}
     for metric in plan.metrics:
         known = {group.config.backdoor: group.stats[metric] for group in groups if metric in group.stats}
@@ -402,7 +407,7 @@ def _over(key: tuple[str, float | None, str, str], groups: Sequence[Group], plan
             attack[metric] = next(label for label, stat in known.items() if stat.worst == worst[metric])
     counts = [group.count for group in groups]
     total = Count(sum(c.done for c in counts), sum(c.failed for c in counts), sum(c.todo for c in counts))
-    return OverAttacks(*key, total, sum(c.done > 0 for c in counts), len(groups), mean, worst, attack)
+    return OverAttacks(key, total, sum(c.done > 0 for c in counts), len(groups), mean, worst, attack)
 
 
 def _ranking(metric: str, blocks: Sequence[Sequence[Row]], repairs: Sequence[str]) -> Ranking:
@@ -481,10 +486,12 @@ def _json(rows: Sequence[Row], plan: Plan, with_cost: bool) -> str:
         "kind": "bench",
         "plan": plan.name,
         "cells": [_cell_json(row, plan, with_cost) for row in rows],
-        "groups": [{**_flat(group), "reported": [_reported_json(row) for row in group.reported]} for group in groups],
-        "attacks": [asdict(row) for row in over_attacks(groups, plan)],
+        "groups": [
+            {**_flat(group, group.config), "reported": [_reported_json(row) for row in group.reported]} for group in groups
+        ],
+        "attacks": [_flat(row, row.defence) for row in over_attacks(groups, plan)],
         "ranks": [asdict(ranking) for ranking in rankings(rows, plan)],
-        "paired": [_flat(difference) for difference in differences(rows, plan)],
+        "paired": [_flat(row, row.config) for row in differences(rows, plan)],
     }
     return json.dumps(document, allow_nan=False) + "\n"
 
@@ -496,8 +503,8 @@ def _cell_json(row: Row, plan: Plan, with_cost: bool) -> dict[str, Any]:
     return {**kept, "rates": {metric: row.rates.get(metric) for metric in plan.metrics}}
 
 
-def _flat(item: Group | Difference) -> dict[str, Any]:
-    return {**item.config._asdict(), **{name: value for name, value in asdict(item).items() if name != "config"}}
+def _flat(item: Group | OverAttacks | Difference, columns: Config | Defence) -> dict[str, Any]:
+    return {**columns._asdict(), **{name: value for name, value in asdict(item).items() if name not in ("config", "defence")}}
 
 
 def _reported_json(row: Reported) -> dict[str, Any]:
