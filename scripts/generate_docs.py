@@ -15,6 +15,12 @@ from secateur import methods
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "results" / "norm-pruning" / "cells.csv"
+SHOWN = (
+    "none",
+    "fine-tuning alone",
+    *(f"l2 filters, then fine-tuning (layers={place})" for place in ("early", "middle", "late")),
+    "random filters, late, then fine-tuning",
+)
 START, END = "<!-- generated: results -->", "<!-- end of generated -->"
 
 
@@ -37,34 +43,24 @@ def methods_page() -> str:
 
 
 def results_table() -> str:
-    """Return the README's table: both attacks, a few rows, mean and worst seed."""
+    """Return the README's table: both attacks, a few rows, mean and worst victim."""
     if not CELLS.exists():
         return "(no results yet)"
     rows = list(csv.DictReader(CELLS.open(encoding="utf-8")))
-    shown = {
-        "no repair": {"name": "no repair"},
-        "fine-tuning alone": {"name": "fine-tuning alone"},
-        "l2 filters, early third, then fine-tuning": _cut("channel", "l2", "early third"),
-        "l2 filters, middle third, then fine-tuning": _cut("channel", "l2", "middle third"),
-        "l2 filters, late third, then fine-tuning": _cut("channel", "l2", "late third"),
-        "random filters, late third, then fine-tuning": _cut("channel", "random", "late third"),
-    }
-    lines = ["| repair | BadNets: accuracy | ASR (worst) | Blended: accuracy | ASR (worst) |", "|---|---|---|---|---|"]
-    for title, wanted in shown.items():
-        cells = [title]
-        for attack in ("badnets", "blended"):
-            mine = [r for r in rows if r["attack"] == attack and all(r[k] == v for k, v in wanted.items())]
-            rates = [100 * float(r["attack_success"]) for r in mine]
-            cells += [_spread([100 * float(r["accuracy"]) for r in mine]), f"{_spread(rates)} ({max(rates):.1f})"]
+    attacks = list(dict.fromkeys(row["backdoor"] for row in rows))
+    lines = ["| repair |" + "".join(f" {attack}: accuracy | ASR (worst) |" for attack in attacks)]
+    lines.append("|---|" + "---|---|" * len(attacks))
+    for repair in SHOWN:
+        cells = ["no repair" if repair == "none" else repair]
+        for attack in attacks:
+            mine = [row for row in rows if (row["backdoor"], row["repair"], row["state"]) == (attack, repair, "done")]
+            rates = [100 * float(row["attack_success"]) for row in mine]
+            cells += [_spread([100 * float(row["accuracy"]) for row in mine]), f"{_spread(rates)} ({max(rates):.1f})"]
         lines.append("| " + " | ".join(cells) + " |")
-    seeds = len({row["seed"] for row in rows})
+    victims = len({row["victim_seed"] for row in rows})
     n = f"accuracy on {rows[0]['accuracy_n']}, ASR on {rows[0]['attack_success_n']} test images per victim"
-    lines += ["", f"Percent, mean ± standard deviation over {seeds} victims; {n}."]
+    lines += ["", f"Percent, mean ± standard deviation over {victims} victims; {n}."]
     return "\n".join(lines)
-
-
-def _cut(granularity: str, norm: str, place: str) -> dict[str, str]:
-    return {"name": "pruning", "granularity": granularity, "norm": norm, "place": place, "heal": "yes"}
 
 
 def _spread(values: list[float]) -> str:

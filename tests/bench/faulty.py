@@ -54,7 +54,8 @@ def work(work: Work) -> dict[str, Any]:
             end = time.process_time() + args["seconds"]
             while time.process_time() < end:
                 sum(range(1000))
-    return {"name": args["name"], "batch": batch_size(512)}
+    told = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")} if args.get("do") == "tell gpu" else {}
+    return {"name": args["name"], "batch": batch_size(512), **told}
 
 
 def node(log: Path, name: str, *, parents: Iterable[Node] = (), **args: Any) -> Node:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import faulty
@@ -12,7 +13,7 @@ from faulty import chain, graph, node, ran
 
 from secateur.bench.driver import Progress
 from secateur.bench.executors import EXECUTORS, make
-from secateur.bench.nodes import Graph, canonical_json, expand
+from secateur.bench.nodes import Graph, Node, canonical_json, expand
 from secateur.bench.plan import Plan, read_plan
 from secateur.bench.source import digest
 from secateur.bench.store import Store, read_result
@@ -208,3 +209,25 @@ def contents(store: Store, graph: Graph) -> dict[str, bytes]:
         files["result.json"] = canonical_json(read_result(folder)["values"]).encode()
         found.update({f"{key}/{name}": content for name, content in files.items() if not name.endswith(".npz")})
     return found
+
+
+def test_gpus_are_shared_out_one_to_a_node(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    local = make("local", workers=4)
+    on_gpu, on_cpu = Node("work", device="cuda"), Node("work")
+    assert local.room(on_gpu)
+    assert local._gpus == ["3", "5"]
+    local._gpus.clear()  # as when both are in use
+    assert not local.room(on_gpu)
+    assert local.room(on_cpu)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(MethodError, match='the plan wants a GPU and none was found here; write device = "cpu"'):
+        make("local").room(on_gpu)
+    assert make("local", gpus=2)._gpus == ["0", "1"]
+
+
+def test_a_node_sees_the_gpu_it_was_given(store, log, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    one = replace(node(log, "one", do="tell gpu"), device="cuda")
+    faulty.drive(store.root, graph(one), "local")
+    assert read_result(store.folder(one.key))["values"]["gpu"] == "7"

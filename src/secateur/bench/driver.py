@@ -103,7 +103,7 @@ class _Run:
         self.jobs: dict[str, Job] = {}
         self.children: dict[str, list[str]] = {}
         self.waiting: dict[str, int] = {}
-        self.ready: list[tuple[int, int, str]] = []
+        self.ready: dict[str, list[tuple[int, int, str]]] = {}  # device -> heap
         self.rank = {key: i for i, key in enumerate(graph.nodes)}
         self.progress = Progress(len(graph.nodes))
         self.beaten = 0.0
@@ -123,7 +123,7 @@ class _Run:
             if not missing:
                 self._enqueue(key)
         try:
-            while self.ready or self.jobs:
+            while any(self.ready.values()) or self.jobs:
                 self._submit()
                 for outcome in self.executor.poll(TICK):
                     self._handle(outcome)
@@ -136,17 +136,17 @@ class _Run:
         return self.progress
 
     def _enqueue(self, key: str) -> None:
-        stage = self.graph.nodes[key].stage
-        order = ORDER.index(stage) if stage in ORDER else len(ORDER)
-        heapq.heappush(self.ready, (order, self.rank[key], key))
+        node = self.graph.nodes[key]
+        order = ORDER.index(node.stage) if node.stage in ORDER else len(ORDER)
+        heapq.heappush(self.ready.setdefault(node.device, []), (order, self.rank[key], key))
 
     def _submit(self) -> None:
-        while self.ready and self.executor.free() > 0:
-            key = heapq.heappop(self.ready)[-1]
-            node = self.graph.nodes[key]
-            source = {"train": self.plan.data.train, "test": self.plan.data.test}
-            job = Job(node, self.targets[node.stage], str(self.store.root), source)
-            self._start(replace(job, timeout=self.plan.timeout, memory=self.plan.memory))
+        source = {"train": self.plan.data.train, "test": self.plan.data.test}
+        for heap in self.ready.values():
+            while heap and self.executor.room(node := self.graph.nodes[heap[0][-1]]):
+                heapq.heappop(heap)
+                job = Job(node, self.targets[node.stage], str(self.store.root), source)
+                self._start(replace(job, timeout=self.plan.timeout, memory=self.plan.memory))
 
     def _start(self, job: Job) -> None:
         self.jobs[job.node.key] = job

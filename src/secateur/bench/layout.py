@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ..report.markdown import escape
@@ -36,38 +37,38 @@ NOTHING = "-"
 
 @dataclass(frozen=True)
 class Section:
-    """A titled table with notes around it.
-
-    Attributes:
-        title: What it shows.
-        head: One title per column.
-        rows: The cells.
-        keys: How many columns name the row; those that say the same in every row are left out.
-        above: Notes above the table.
-        below: Notes below it.
-    """
+    """A titled table with notes above and below it."""
 
     title: str
     head: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
-    keys: int = 0
     above: Sequence[str] = ()
     below: Sequence[str] = ()
 
-    def lines(self) -> list[Sequence[str]]:
-        """Return head and rows without key columns that say the same in every row."""
-        same = {i for i in range(self.keys) if len(self.rows) > 1 and len({row[i] for row in self.rows}) == 1}
-        return [[cell for i, cell in enumerate(row) if i not in same] for row in (self.head, *self.rows)]
+    def without(self, titles: Iterable[str]) -> Section:
+        """Return the section without the columns of these titles."""
+        kept = [i for i, title in enumerate(self.head) if title not in titles]
+        return replace(self, head=[self.head[i] for i in kept], rows=[[row[i] for i in kept] for row in self.rows])
 
 
 def render(rows: Sequence[Row], plan: Plan, *, markdown: bool, with_cost: bool = False) -> str:
     """Return the tables of a plan's cells; every text in it is made harmless for the terminal or for Markdown."""
     groups = aggregate(rows, plan)
-    sections = [_main(groups, plan), _attacks(groups, plan), _control(groups, plan), _ranks(rows, plan)]
-    sections += [_paired(rows, plan), *([_cost(rows)] if with_cost else []), *_failures(rows), _halved(rows)]
-    shown = [section for section in sections if section.rows or section.above]
-    head = _headline(rows, plan)
-    return "\n".join(_markdown(plan.name, head, shown) if markdown else _text(plan.name, head, shown)).rstrip() + "\n"
+    sections = [_main(groups, plan), _attacks(groups, plan), _control(groups, plan), _ranks(rows, plan), _paired(rows, plan)]
+    sections += [*([_cost(rows)] if with_cost else []), _failed(rows), _skipped(rows), _halved(rows)]
+    single = _single(plan)
+    shown = [section.without(single) for section in sections if section.rows or section.below]
+    head = [*_headline(rows, plan), "; ".join(f"{title} {label}" for title, label in single.items())]
+    lines = (_markdown if markdown else _text)(plan.name, [line for line in head if line], shown)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _single(plan: Plan) -> dict[str, str]:
+    """Return the columns that say the same everywhere, which the tables leave out."""
+    clean = [_share(share) for share in plan.data.clean]
+    models, compressors = ([choice.label for choice in choices] for choices in (plan.models, plan.compressors))
+    axes = {"model": models, "clean": clean, "compress": compressors}
+    return {title: labels[0] for title, labels in axes.items() if len(labels) == 1}
 
 
 def _headline(rows: Sequence[Row], plan: Plan) -> list[str]:
@@ -104,7 +105,7 @@ def _grid(title: str, lines: Lines, columns: Sequence[Column], above: Sequence[s
         for defence, line in lines.items()
     ]
     head = [*DEFENCE, *(name for name, _, _ in columns)]
-    return Section(title, head, rows, len(DEFENCE), above if rows else (), below)
+    return Section(title, head, rows, above, below)
 
 
 def _legend(groups: Sequence[Group], plan: Plan) -> list[str]:
@@ -113,23 +114,22 @@ def _legend(groups: Sequence[Group], plan: Plan) -> list[str]:
     spread = " ± standard deviation over victims" if len(plan.victim_seeds) > 1 else ""
     lines = [f"Percent; mean{spread}{within}; in brackets the worst ASR of any cell."]
     if any(group.count.failed for group in groups):
-        lines.append("* cells failed: the number is over the done ones only, so many of all.")
+        lines.append("* some cells failed: the number is over those that are done, as many as it says.")
     return lines
 
 
 def _attacks(groups: Sequence[Group], plan: Plan) -> Section:
     table = []
     for row in over_attacks(groups, plan):
-        cells = _named(row.defence)
-        tag = _tag(row.count)
-        some = f", {row.attacks} of {row.planned} attacks" if row.attacks < row.planned else ""
+        star = "*" if row.count.failed else ""
+        cells = [*_named(row.defence), f"{row.attacks} of {row.planned}", f"{row.count.done} of {row.count.total}{star}"]
         for metric in plan.metrics:
-            cells.append(f"{_pc(row.mean[metric])}{tag}{some}" if metric in row.mean else _empty(row.count))
-            cells.append(f"{_pc(row.worst[metric])} ({row.worst_attack[metric]}){tag}" if metric in row.mean else NOTHING)
+            known = metric in row.mean
+            cells.append(f"{_pc(row.mean[metric])}{star}" if known else _empty(row.count))
+            cells.append(f"{_pc(row.worst[metric])} ({row.worst_attack[metric]}){star}" if known else NOTHING)
         table.append(cells)
-    head = [*DEFENCE, *(f"{what} {NAMES[metric]}" for metric in plan.metrics for what in ("mean", "worst"))]
-    above = ["Percent; mean of the attacks' means, and the worst cell of all attacks and seeds."] if table else []
-    return Section("Over attacks", head, table, len(DEFENCE), above)
+    head = [*DEFENCE, "attacks", "cells", *(f"{what} {NAMES[metric]}" for metric in plan.metrics for what in ("mean", "worst"))]
+    return Section("Over attacks", head, table, ["Percent; mean of the attacks' means, and the worst of their cells."])
 
 
 def _control(groups: Sequence[Group], plan: Plan) -> Section:
@@ -157,8 +157,8 @@ def _ranks(rows: Sequence[Row], plan: Plan) -> Section:
             cells.append(f"{ranking.ranks.mean[repair]:.2f}{failed}" if ranking.ranks.blocks else NOTHING)
         table.append(cells)
     blocks = [f"{ranking.ranks.blocks} of {ranking.planned} blocks by {NAMES[ranking.metric]}" for ranking in found]
-    above = [f"1 is best, ties share a rank, a failed cell ranks last; over {', '.join(blocks)}."] if found else []
-    return Section("Mean ranks", ["repair", *(f"rank by {NAMES[r.metric]}" for r in found)], table, 0, above)
+    above = [f"1 is best, ties share a rank, a failed cell ranks last; over {', '.join(blocks)}."]
+    return Section("Mean ranks", ["repair", *(f"rank by {NAMES[ranking.metric]}" for ranking in found)], table, above)
 
 
 def _paired(rows: Sequence[Row], plan: Plan) -> Section:
@@ -174,9 +174,10 @@ def _paired(rows: Sequence[Row], plan: Plan) -> Section:
     head = ["model", "backdoor", "clean", "repair", "compress", *(f"{NAMES[metric]}, points" for metric in metrics)]
     above = []
     if found:
-        seeds = "[95 % t-interval over victims], p of the signed-rank test" if len(plan.victim_seeds) > 1 else "no interval"
+        interval = "[95 % t-interval] and p of the signed-rank test over n victims"
+        seeds = interval if len(plan.victim_seeds) > 1 else "no interval"
         above = [f"Repair minus '{found[0].baseline}' on the same seeds: mean difference; {seeds}."]
-    return Section("Paired differences", head, table, 5, above)
+    return Section("Paired differences", head, table, above)
 
 
 def _difference(found: Difference) -> str:
@@ -187,7 +188,7 @@ def _difference(found: Difference) -> str:
         return NOTHING + tag
     text = signed(100 * value.mean, 1)
     if value.low is not None and value.high is not None:
-        text += f" [{signed(100 * value.low, 1)}, {signed(100 * value.high, 1)}], p={value.p:.3f}"
+        text += f" [{signed(100 * value.low, 1)}, {signed(100 * value.high, 1)}], p={value.p:.3f}, n={value.n}"
     return text + tag
 
 
@@ -201,25 +202,23 @@ def _cost(rows: Iterable[Row]) -> Section:
         seconds = [row.seconds for row in same if row.seconds is not None]
         hosts = ", ".join(dict.fromkeys(row.host for row in same))
         table.append([*_named(defence), f"{sum(seconds) / len(seconds):.1f}", hosts])
-    above = ["Mean seconds of the repair and compression of one network; without either, of its training."] if table else []
-    return Section("Cost", [*DEFENCE, "seconds", "hosts"], table, len(DEFENCE), above)
+    above = ["Mean seconds of the repair and compression of one network; without either, of its training."]
+    return Section("Cost", [*DEFENCE, "seconds", "hosts"], table, above)
 
 
-def _failures(rows: Sequence[Row]) -> Iterator[Section]:
-    failed = [row for row in rows if row.state == "failed"]
-    skipped: dict[str, int] = {}
-    for row in rows:
-        if row.state == "skipped":
-            skipped[row.error] = skipped.get(row.error, 0) + 1
-    yield Section("Failed cells", [*COLUMNS, "error"], [[*_columns(row), row.error] for row in failed], len(COLUMNS))
-    table = [[str(number), error] for error, number in skipped.items()]
-    yield Section("Skipped cells", ["cells", "because of"], table)
+def _failed(rows: Iterable[Row]) -> Section:
+    table = [[*_cell(row), row.error] for row in rows if row.state == "failed"]
+    return Section("Failed cells", [*COLUMNS, "error"], table)
+
+
+def _skipped(rows: Iterable[Row]) -> Section:
+    errors = Counter(row.error for row in rows if row.state == "skipped")
+    return Section("Skipped cells", ["cells", "because of"], [[str(number), error] for error, number in errors.items()])
 
 
 def _halved(rows: Iterable[Row]) -> Section:
-    table = [[*_columns(row), row.note] for row in rows if row.note]
-    above = ["Nodes that ran out of memory and then ran with half the batch size."] if table else []
-    return Section("Half batch", [*COLUMNS, "note"], table, len(COLUMNS), above)
+    above = ["Nodes that ran out of memory and then ran with half the batch size."]
+    return Section("Half batch", [*COLUMNS, "note"], [[*_cell(row), row.note] for row in rows if row.note], above)
 
 
 def _lines(groups: Iterable[Group], labels: Sequence[str], axis: str) -> Lines:
@@ -235,7 +234,7 @@ def _named(defence: Defence) -> list[str]:
     return [defence.model, _share(defence.clean), defence.repair, defence.compress]
 
 
-def _columns(row: Row) -> list[str]:
+def _cell(row: Row) -> list[str]:
     cell = row.cell
     seed = NOTHING if cell.repair_seed is None else str(cell.repair_seed)
     config = [cell.model, cell.backdoor, cell.trigger, _share(cell.clean), cell.repair, cell.compress]
@@ -280,7 +279,10 @@ def _published(group: Group, metric: str, sources: Sequence[str]) -> str:
 def _unmatched(groups: Iterable[Group], reported: Sequence[Reported]) -> list[str]:
     matched = {id(row) for group in groups for row in group.reported}
     left = [row for row in reported if id(row) not in matched]
-    return [f"not in this table, reported by: {row.source} for {dict(row.where)}" for row in left]
+    return [
+        f"not in this table, reported by: {row.source} for {', '.join(f'{k} {v}' for k, v in row.where.items())}"
+        for row in left
+    ]
 
 
 def _many(number: int, what: str) -> str:
@@ -290,12 +292,10 @@ def _many(number: int, what: str) -> str:
 def _markdown(name: str, head: Sequence[str], sections: Iterable[Section]) -> Iterator[str]:
     yield from (f"# {escape(name)}", "", *_bullets(head))
     for section in sections:
-        yield from (f"## {escape(section.title)}", "", *_bullets(section.above))
+        yield from (f"## {escape(section.title)}", "")
         if section.rows:
-            titles, *rows = section.lines()
-            yield from (_bar(map(escape, titles)), _bar("---" for _ in titles))
-            yield from (_bar(map(escape, row)) for row in rows)
-            yield ""
+            yield from (*_bullets(section.above), _bar(section.head), _bar("---" for _ in section.head))
+            yield from (*(_bar(row) for row in section.rows), "")
         yield from _bullets(section.below)
 
 
@@ -304,15 +304,16 @@ def _bullets(lines: Sequence[str]) -> list[str]:
 
 
 def _bar(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(escape, cells))} |"
 
 
 def _text(name: str, head: Sequence[str], sections: Iterable[Section]) -> Iterator[str]:
     yield from (plain(name), *map(plain, head))
     for section in sections:
-        yield from ("", section.title.upper(), *map(plain, section.above))
+        yield from ("", section.title.upper())
         if section.rows:
-            lines = [[plain(cell) for cell in line] for line in section.lines()]
+            yield from map(plain, section.above)
+            lines = [[plain(cell) for cell in line] for line in (section.head, *section.rows)]
             widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
             yield from (GAP.join(map(str.ljust, line, widths)).rstrip() for line in lines)
         yield from map(plain, section.below)

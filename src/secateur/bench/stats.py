@@ -122,21 +122,25 @@ def paired(a: Mapping[Block, float], b: Mapping[Block, float]) -> Paired:
 def signed_rank_p(differences: Iterable[float]) -> float:
     """Return the two-sided p-value that ``differences`` are symmetric about 0 (Wilcoxon signed-rank test).
 
-    Exact with ties as well: the distribution is counted over all signs of the ranks at hand. Zeros are left out. At n = 5 the
-    smallest possible value is 0.0625.
+    Exact with ties as well: the distribution is that over all signs of the ranks at hand. Zeros are left out. With 5 differences
+    the smallest possible value is 0.0625.
 
     Source: Wilcoxon, Biometrics Bulletin 1 (1945).
     """
+    import numpy as np
+
     kept = [value for value in differences if round(value, DIGITS)]
     ranks = [round(2 * rank) for rank in _ranks([abs(value) for value in kept])]  # doubled, so that mid-ranks are whole
     total = sum(ranks)
-    counts = [1] + [0] * total  # [s] -> how many choices of signs give the positive ranks the sum s
+    chance = np.zeros(total + 1)  # [s]: of the positive ranks having the sum s
+    chance[0] = 1
     for rank in ranks:
-        for s in range(total, rank - 1, -1):
-            counts[s] += counts[s - rank]
+        with_rank = np.zeros(total + 1)
+        with_rank[rank:] = chance[: total + 1 - rank]
+        chance = (chance + with_rank) / 2
     positive = sum(rank for rank, value in zip(ranks, kept, strict=True) if value > 0)
-    off = abs(2 * positive - total)
-    return sum(count for s, count in enumerate(counts) if abs(2 * s - total) >= off) / 2 ** len(ranks)
+    far = np.abs(2 * np.arange(total + 1) - total) >= abs(2 * positive - total)
+    return min(1.0, float(chance[far].sum()))
 
 
 def mean_ranks(blocks: Iterable[Mapping[str, float | None]], *, lower: bool) -> Ranks:

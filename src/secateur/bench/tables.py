@@ -467,16 +467,16 @@ def _csv(rows: Iterable[Row], plan: Plan, with_cost: bool) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in sorted(rows, key=_order):
-        writer.writerow([_plain(name, value) for name, value in _record(row, columns).items()])
+        writer.writerow([_plain(name, columns[name], value) for name, value in _record(row, columns).items()])
     return text.getvalue()
 
 
-def _plain(column: str, value: Any) -> str:
-    if column == "clean" and value is not None:
-        return f"{value:.10g}"
-    if isinstance(value, float):
-        return FLOAT.format(value)
-    return "" if value is None else plain(str(value))
+def _plain(column: str, kind: type, value: Any) -> str:
+    if value is None:
+        return ""
+    if kind is float:
+        return f"{value:.10g}" if column == "clean" else FLOAT.format(value)
+    return plain(str(value))
 
 
 def _json(rows: Sequence[Row], plan: Plan, with_cost: bool) -> str:
@@ -486,9 +486,7 @@ def _json(rows: Sequence[Row], plan: Plan, with_cost: bool) -> str:
         "kind": "bench",
         "plan": plan.name,
         "cells": [_cell_json(row, plan, with_cost) for row in rows],
-        "groups": [
-            {**_flat(group, group.config), "reported": [_reported_json(row) for row in group.reported]} for group in groups
-        ],
+        "groups": [_flat(group, group.config) for group in groups],
         "attacks": [_flat(row, row.defence) for row in over_attacks(groups, plan)],
         "ranks": [asdict(ranking) for ranking in rankings(rows, plan)],
         "paired": [_flat(row, row.config) for row in differences(rows, plan)],
@@ -505,7 +503,3 @@ def _cell_json(row: Row, plan: Plan, with_cost: bool) -> dict[str, Any]:
 
 def _flat(item: Group | OverAttacks | Difference, columns: Config | Defence) -> dict[str, Any]:
     return {**columns._asdict(), **{name: value for name, value in asdict(item).items() if name not in ("config", "defence")}}
-
-
-def _reported_json(row: Reported) -> dict[str, Any]:
-    return {"source": row.source, "values": dict(row.values)}

@@ -35,7 +35,7 @@ def run(
     data: str | None = None,
     executor: str = "local",
     workers: int | None = None,
-    gpus: int = 0,
+    gpus: int | None = None,
     address: str | None = None,
     slurm: Annotated[list[str] | None, Parameter(negative=())] = None,
     dry_run: Flag = False,
@@ -50,7 +50,7 @@ def run(
         data: Images to use instead of the plan's: PATH:train and PATH:test are read.
         executor: inline, local, ray or slurm.
         workers: How many nodes at once (default: as the CPU cores allow).
-        gpus: GPUs of this machine to share out among nodes that want one.
+        gpus: How many GPUs to share out among nodes that want one (default: all there are).
         address: Address of a running Ray cluster (default: one is started here).
         slurm: A line for sbatch, e.g. --slurm=--partition=gpu; may be given more than once.
         dry_run: Only say what would run, what is there already, and how long it may take.
@@ -61,7 +61,7 @@ def run(
     from ..bench.executors import make
 
     read, graph, where = _open(plan, store, data)
-    options = _options(executor, {"workers": workers, "gpus": gpus or None, "address": address, "options": slurm})
+    options = _options(executor, {"workers": workers, "gpus": gpus, "address": address, "options": slurm})
     if dry_run:
         return _dry_run(read, graph, where, workers)
     runner = make(executor, threads=read.threads, **options)

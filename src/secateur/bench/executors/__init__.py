@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ...errors import MethodError, unknown
+from ..nodes import Node
 from ..work import Job, Outcome
 
 EXECUTORS: Mapping[str, str] = {
@@ -28,12 +29,12 @@ EXECUTORS: Mapping[str, str] = {
 class Executor(Protocol):
     """Runs jobs. Used by one thread; `close` must be called, and kills what still runs."""
 
-    def free(self) -> int:
-        """Return how many more jobs it would start at once."""
+    def room(self, node: Node) -> bool:
+        """Return whether it would start this node now."""
         ...
 
     def submit(self, job: Job) -> None:
-        """Start a job, or queue it; called only while `free` is above 0."""
+        """Start a job, or queue it; called only after `room` said yes."""
         ...
 
     def poll(self, seconds: float) -> Sequence[Outcome]:
@@ -50,8 +51,8 @@ def make(name: str, **options: Any) -> Executor:
 
     Args:
         name: A name of `EXECUTORS`.
-        options: ``workers``: how many nodes at once; ``threads``: CPU threads of a node; ``gpus``: GPUs of this machine to
-            share out, one per node; further ones by executor.
+        options: ``workers``: how many nodes at once; ``threads``: CPU threads of a node; ``gpus``: how many GPUs to share out,
+            one per node; further ones by executor.
 
     Raises:
         MethodError: There is no such executor, or what it needs is not installed.

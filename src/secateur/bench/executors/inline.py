@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..nodes import Node
 from ..work import Job, Outcome, run_job
 
 
@@ -15,9 +16,10 @@ class Inline:
         del options
         self._job: Job | None = None
 
-    def free(self) -> int:
-        """Return 1 while no job waits."""
-        return int(self._job is None)
+    def room(self, node: Node) -> bool:
+        """Return whether no job waits."""
+        del node
+        return self._job is None
 
     def submit(self, job: Job) -> None:
         """Keep the job for the next `poll`."""

@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 
+from ...errors import MethodError
+from ..nodes import Node
 from ..work import PRELOAD, Job, Outcome, run_job
 
 ORPHANED = 9
@@ -39,24 +42,31 @@ class Local:
     Args:
         workers: How many; by default as many as threads fit on the CPU cores this process may use.
         threads: CPU threads of each job.
-        gpus: How many GPUs to share out to jobs that ask for one, each to one job at a time.
+        gpus: How many GPUs to share out to jobs that ask for one, each to one job at a time; by default all there are.
     """
 
-    def __init__(self, *, workers: int | None = None, threads: int = 1, gpus: int = 0) -> None:
+    def __init__(self, *, workers: int | None = None, threads: int = 1, gpus: int | None = None) -> None:
         cores = len(os.sched_getaffinity(0))
         self._slots = workers if workers is not None else max(1, cores // threads)
-        self._gpus = [str(i) for i in range(gpus)]
+        self._all_gpus = _gpus_here() if gpus is None else [str(i) for i in range(gpus)]
+        self._gpus = list(self._all_gpus)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOAD))
         self._workers: list[_Worker] = []
 
-    def free(self) -> int:
-        """Return the number of idle slots."""
-        return self._slots - len(self._workers)
+    def room(self, node: Node) -> bool:
+        """Return whether a slot is idle, and a GPU if the node wants one.
+
+        Raises:
+            MethodError: The node wants a GPU and there is none.
+        """
+        if node.device == "cuda" and not self._all_gpus:
+            raise MethodError('the plan wants a GPU and none was found here; write device = "cpu", or name them with --gpus')
+        return len(self._workers) < self._slots and (node.device != "cuda" or bool(self._gpus))
 
     def submit(self, job: Job) -> None:
         """Start a process for the job."""
-        gpu = self._gpus.pop(0) if job.node.device == "cuda" and self._gpus else None
+        gpu = self._gpus.pop(0) if job.node.device == "cuda" else None
         answer, sender = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_serve, args=(job, sender, gpu), daemon=True)
         process.start()
@@ -106,6 +116,15 @@ class Local:
         self._workers.remove(worker)
         if worker.gpu is not None:
             self._gpus.append(worker.gpu)
+
+
+def _gpus_here() -> list[str]:
+    """Return the numbers of this machine's NVIDIA GPUs, without loading torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip() not in ("", "-1")]
+    found = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*"))
+    return sorted((number for number in found if number.isdecimal()), key=int)
 
 
 def _serve(job: Job, sender: Connection, gpu: str | None) -> None:

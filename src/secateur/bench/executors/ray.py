@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import MethodError, SecateurError
+from ..nodes import Node
 from ..work import Job, Outcome, run_job, warm
 
 ENVIRONMENT = {
@@ -48,7 +49,9 @@ class Ray:
         SecateurError: The cluster cannot be reached.
     """
 
-    def __init__(self, *, workers: int | None = None, threads: int = 1, gpus: int = 0, address: str | None = None) -> None:
+    def __init__(
+        self, *, workers: int | None = None, threads: int = 1, gpus: int | None = None, address: str | None = None
+    ) -> None:
         os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
         try:
             import ray
@@ -63,11 +66,16 @@ class Ray:
         self._tasks: dict[Any, _Task] = {}
         self._size, self._looked = 0, -REFRESH
 
-    def _connect(self, address: str | None, gpus: int) -> None:
+    def _connect(self, address: str | None, gpus: int | None) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
         if address is None:
             cores = self._most * self._threads if self._most else len(os.sched_getaffinity(0))
-            options |= {"address": "local", "num_cpus": max(cores, self._threads), "num_gpus": gpus, "include_dashboard": False}
+            options |= {
+                "address": "local",
+                "num_cpus": max(cores, self._threads),
+                "num_gpus": gpus or None,
+                "include_dashboard": False,
+            }
             options["_node_ip_address"] = "127.0.0.1"
         else:
             options["address"] = address
@@ -77,13 +85,14 @@ class Ray:
             place = address or "this machine"
             raise SecateurError(f"cannot reach a Ray cluster at {place}: {_first_line(error)}; check --address") from None
 
-    def free(self) -> int:
-        """Return how many more jobs the cluster has CPUs for."""
+    def room(self, node: Node) -> bool:
+        """Return whether the cluster has CPUs for one more job; Ray itself shares out the GPUs."""
+        del node
         if time.monotonic() - self._looked >= REFRESH:
             self._looked = time.monotonic()
             slots = int(self._ray.cluster_resources().get("CPU", 0)) // self._threads
             self._size = min(slots, self._most or slots)
-        return self._size - len(self._tasks)
+        return len(self._tasks) < self._size
 
     def submit(self, job: Job) -> None:
         """Hand the job to Ray."""

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import secrets
 import shlex
 import shutil
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import batched, groupby
 from pathlib import Path
 from typing import Any, Literal
