@@ -202,3 +202,9 @@ def test_a_damaged_index_is_written_anew(tmp_path, log):
     with Index.open(store) as index:
         assert index.rebuild(store) == 4
     assert read_index(store).keys() == good.keys()
+
+
+def test_an_executor_without_room_is_given_up(tmp_path, log, monkeypatch):
+    monkeypatch.setattr("secateur.bench.driver.STALL", 1)
+    with pytest.raises(SecateurError, match="the executor had no room for a node of 1 threads for 1 s"):
+        drive(tmp_path / "store", chain(log, 1), workers=0)

@@ -26,6 +26,7 @@ Event = Literal["start", "done", "retry", "failed", "tick"]
 OnEvent = Callable[[Event, Node | None, "Progress"], None]
 ATTEMPTS = 3  # of a node whose process was lost
 TICK = 1.0  # seconds between heartbeats
+STALL = 120  # seconds without room for any node after which a run gives up
 ORDER = tuple(STAGES)
 
 
@@ -107,6 +108,7 @@ class _Run:
         self.rank = {key: i for i, key in enumerate(graph.nodes)}
         self.progress = Progress(len(graph.nodes))
         self.beaten = 0.0
+        self.idle = 0
 
     def run(self) -> Progress:
         done = {key for key in self.graph.nodes if self.store.done(key)}
@@ -125,6 +127,7 @@ class _Run:
         try:
             while any(self.ready.values()) or self.jobs:
                 self._submit()
+                self._check_stalled()
                 for outcome in self.executor.poll(TICK):
                     self._handle(outcome)
                 self._beat()
@@ -147,6 +150,19 @@ class _Run:
                 heapq.heappop(heap)
                 job = Job(node, self.targets[node.stage], str(self.store.root), source)
                 self._start(replace(job, timeout=self.plan.timeout, memory=self.plan.memory))
+
+    def _check_stalled(self) -> None:
+        """Wait a little when nothing runs because the executor has no room, and not for ever."""
+        if self.jobs:
+            self.idle = 0
+            return
+        self.idle += 1
+        if self.idle > STALL:
+            raise SecateurError(
+                f"the executor had no room for a node of {self.plan.threads} threads for {STALL} s; "
+                "give it more CPUs, or lower threads"
+            )
+        time.sleep(TICK)
 
     def _start(self, job: Job) -> None:
         self.jobs[job.node.key] = job

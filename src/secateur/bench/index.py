@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import SecateurError
 from .nodes import Node, canonical_json
 from .store import Store, read_config, read_result
 
@@ -55,13 +56,17 @@ class Index:
     @classmethod
     @contextmanager
     def open(cls, store: Store) -> Iterator[Index]:
-        """Open the index for writing; a damaged one is replaced (`rebuild` fills it again)."""
+        """Open the index for writing; a damaged one is replaced (`adopt` and `rebuild` fill it again).
+
+        Raises:
+            SecateurError: It cannot be written.
+        """
         path = store.root / "index.sqlite"
         try:
             connection = _connect(path)
-        except sqlite3.DatabaseError as error:
-            if "not a database" not in str(error) and "malformed" not in str(error):
-                raise
+        except sqlite3.OperationalError as error:
+            raise SecateurError(f"cannot write {path} ({error}); free some space, or name another --store") from None
+        except sqlite3.DatabaseError:
             for part in (path, *path.parent.glob("index.sqlite-*")):
                 part.unlink(missing_ok=True)
             connection = _connect(path)

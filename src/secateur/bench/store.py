@@ -100,7 +100,7 @@ class Store:
     def failures(self) -> dict[str, dict[str, Any]]:
         """Return key -> failure of every node that failed and was not done since."""
         found = {}
-        for path in (self.root / "failed").glob("*.json"):
+        for path in sorted((self.root / "failed").glob("*.json")):
             with suppress(OSError, ValueError):
                 if not self.done(path.stem):
                     found[path.stem] = json.loads(path.read_text("utf-8"))
