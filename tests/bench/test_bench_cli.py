@@ -118,6 +118,17 @@ def test_the_report_in_every_format(home, capsys, tmp_path):
     assert table.num_rows == len((tmp_path / "table.csv").read_text("utf-8").splitlines()) - 1
 
 
+def test_provenance(home, capsys):
+    assert bench(home, "report", "--format", "provenance") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["plan"], record["nodes"], record["done"], record["retried"]) == ("tiny", 9, 9, 0)
+    assert record["environment"]["device"] == "cpu"
+    assert record["environment"]["threads per node"] == "1"
+    assert set(record["seconds_of_work"]) == {"data", "victim", "repair", "measure"}
+    assert bench(home, "report", "--format", "provenance", store="nowhere") == 0
+    assert json.loads(capsys.readouterr().out)["done"] == 0
+
+
 def test_reindex(home, capsys):
     for part in (home / "store").glob("index.sqlite*"):
         part.unlink()

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 STORE = Path("secateur-store")
 SECONDS_BETWEEN_LINES = 10.0
-FORMATS = ("text", "csv", "json", "md", "parquet")
+FORMATS = ("text", "csv", "json", "md", "parquet", "provenance")
 SHOWN = 10  # failures listed before "and N more"
-Format = Literal["text", "csv", "json", "md", "parquet"]
+Format = Literal["text", "csv", "json", "md", "parquet", "provenance"]
 Quiet = Annotated[bool, Parameter(name=("--quiet", "-q"), negative=())]
 
 
@@ -119,11 +119,13 @@ def report(
         plan: A TOML file.
         store: Folder of the results.
         data: Images to use instead of the plan's.
-        format: text, csv (every cell), json, md or parquet (default: by the name of the output, else text).
+        format: text, csv (every cell), json, md, parquet, or provenance: versions, dates and work behind the table (default: by
+            the name of the output, else text).
         output: File to write to.
         with_cost: Also seconds and hosts, which differ from run to run.
     """
     from ..bench import tables
+    from ..bench.provenance import provenance
 
     chosen = format or _format_of(output)
     if chosen == "parquet" and output is None:
@@ -133,7 +135,10 @@ def report(
         assert output is not None
         tables.to_parquet(output, read, graph, where, with_cost=with_cost)
         return 0
-    text = tables.render(read, graph, where, chosen, with_cost=with_cost)
+    if chosen == "provenance":
+        text = provenance(read.name, graph, where)
+    else:
+        text = tables.render(read, graph, where, chosen, with_cost=with_cost)
     if output is None:
         out(text)
         return 0
