@@ -11,24 +11,8 @@ import secateur
 
 ROOT = Path(secateur.__file__).parent
 ORDER = [
-    *(
-        "errors",
-        "types",
-        "recipe",
-        "signatures",
-        "architectures",
-        "state",
-        "data",
-        "models",
-        "intake",
-        "forward",
-        "attack",
-        "measure",
-        "train",
-        "prune",
-        "compress",
-    ),
-    *("detect", "repair", "poison", "methods", "runs", "bench", "report", "cli"),
+    *("errors", "types", "signatures", "recipe", "architectures", "state", "data", "models", "intake", "forward", "attack"),
+    *("measure", "train", "prune", "compress", "detect", "repair", "poison", "methods", "runs", "bench", "report", "cli"),
 ]
 BESIDE = {("bench", "report"), ("report", "bench")}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -208,6 +208,8 @@ def test_keys_are_the_same_in_another_process(write):
         (("layers = [", 'label = "x"\nlayers = ["late", "late"] # '), MethodError, "[[repair]] are called 'x (layers=late)'"),
         (("format = 1", "format = "), DataError, "test.toml is not valid TOML: Invalid value"),
         (("[train]", "[measure]\nmetrics = ['acuracy']\n[train]"), MethodError, "metric 'acuracy'; did you mean 'accuracy'?"),
+        (("[train]", "[measure]\nmetrics = []\n[train]"), MethodError, "metrics must be a list of accuracy, attack_success"),
+        (('"fine-tuning"', '"fine-tuning"\nlabel = "none"'), MethodError, "a [[repair]] cannot be called 'none'"),
         (("[train]", "[reported]\nfile = 'no.toml'\n[train]"), DataError, "cannot read the reported numbers"),
     ],
 )  # fmt: skip
@@ -230,6 +232,9 @@ def test_reported_numbers_are_read(write, tmp_path):
     (tmp_path / "numbers.toml").write_text(text, "utf-8")
     [row] = read_plan(write(PLAN + '[reported]\nfile = "numbers.toml"\n')).reported
     assert (row.source, dict(row.where), dict(row.values)) == ("Somebody 2020", {"backdoor": "none"}, {"accuracy": 0.5})
+    (tmp_path / "numbers.toml").write_text(text.replace("backdoor", "attack"), "utf-8")
+    with pytest.raises(MethodError, match=r"unknown column in where of \[\[reported\]\] 'attack'"):
+        read_plan(write(PLAN + '[reported]\nfile = "numbers.toml"\n'))
     (tmp_path / "numbers.toml").write_text(text.replace("0.5", "50"), "utf-8")
     with pytest.raises(MethodError, match=r"a \[\[reported\]\] row of numbers.toml needs .* in \[0, 1\]"):
         read_plan(write(PLAN + '[reported]\nfile = "numbers.toml"\n'))

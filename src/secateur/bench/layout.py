@@ -11,6 +11,7 @@ from ..report.markdown import escape
 from ..report.wording import plain, signed
 from .nodes import COLUMNS
 from .plan import Plan, Reported
+from .stats import Summary
 from .tables import (
     ATTACK,
     Config,
@@ -80,6 +81,8 @@ def _headline(rows: Sequence[Row], plan: Plan) -> list[str]:
     lines = [f"{_many(len(rows), 'cell')}: {', '.join(shown)}; {seeds}"]
     if len(plan.victim_seeds) == 1:
         lines.append("one victim seed: no interval")
+    if "failed" in states or "skipped" in states:
+        lines.append("* some cells failed: the number is over those that are done, as many as it says")
     return lines
 
 
@@ -94,8 +97,9 @@ def _main(groups: Sequence[Group], plan: Plan) -> Section:
             columns.append((title, attack, partial(_level, metric=metric)))
             if any(published(line[attack]) for line in lines.values() if attack in line):
                 columns.append((f"{title}, reported", attack, published))
-    below = [f"[{i}] reported by: {source}" for i, source in enumerate(sources, 1)] + _unmatched(groups, plan.reported)
-    return _grid("Repairs", lines, columns, _legend(groups, plan), below)
+    below = [f"[{i}] reported by: {source}" for i, source in enumerate(sources, 1)]
+    below += _unmatched(groups, plan.reported)
+    return _grid("Repairs", lines, columns, [_legend(plan)], below)
 
 
 def _grid(title: str, lines: Lines, columns: Sequence[Column], above: Sequence[str], below: Sequence[str] = ()) -> Section:
@@ -108,14 +112,13 @@ def _grid(title: str, lines: Lines, columns: Sequence[Column], above: Sequence[s
     return Section(title, head, rows, above, below)
 
 
-def _legend(groups: Sequence[Group], plan: Plan) -> list[str]:
-    many = len(plan.repair_seeds) > 1
-    within = ", repair seeds averaged within each victim" if many else ""
-    spread = " ± standard deviation over victims" if len(plan.victim_seeds) > 1 else ""
-    lines = [f"Percent; mean{spread}{within}; in brackets the worst ASR of any cell."]
-    if any(group.count.failed for group in groups):
-        lines.append("* some cells failed: the number is over those that are done, as many as it says.")
-    return lines
+def _legend(plan: Plan) -> str:
+    if len(plan.victim_seeds) == len(plan.repair_seeds) == 1:
+        return "Percent."
+    several = "mean ± standard deviation over victims [95 % t-interval of the mean, cut at 0 and 100]"
+    mean = several if len(plan.victim_seeds) > 1 else "mean"
+    within = ", repair seeds averaged within each victim first" if len(plan.repair_seeds) > 1 else ""
+    return f"Percent: {mean}{within}; the worst ASR over the seeds in round brackets."
 
 
 def _attacks(groups: Sequence[Group], plan: Plan) -> Section:
@@ -156,8 +159,8 @@ def _ranks(rows: Sequence[Row], plan: Plan) -> Section:
             failed = f" ({ranking.failed[repair]} failed)*" if ranking.failed[repair] else ""
             cells.append(f"{ranking.ranks.mean[repair]:.2f}{failed}" if ranking.ranks.blocks else NOTHING)
         table.append(cells)
-    blocks = [f"{ranking.ranks.blocks} of {ranking.planned} blocks by {NAMES[ranking.metric]}" for ranking in found]
-    above = [f"1 is best, ties share a rank, a failed cell ranks last; over {', '.join(blocks)}."]
+    blocks = ", ".join(f"{ranking.ranks.blocks} of {ranking.planned} by {NAMES[ranking.metric]}" for ranking in found)
+    above = [f"1 is best, ties share a rank, a failed cell ranks last; blocks ranked: {blocks}."]
     return Section("Mean ranks", ["repair", *(f"rank by {NAMES[ranking.metric]}" for ranking in found)], table, above)
 
 
@@ -188,7 +191,7 @@ def _difference(found: Difference) -> str:
         return NOTHING + tag
     text = signed(100 * value.mean, 1)
     if value.low is not None and value.high is not None:
-        text += f" [{signed(100 * value.low, 1)}, {signed(100 * value.high, 1)}], p={value.p:.3f}, n={value.n}"
+        text += f" [{signed(100 * value.low, 1)}, {signed(100 * value.high, 1)}], p={value.p:.2g}, n={value.n}"
     return text + tag
 
 
@@ -250,13 +253,19 @@ def _pc(value: float) -> str:
 
 
 def _level(group: Group, metric: str) -> str:
-    """Return ``91.2 ± 0.4``; with how many cells it stands for where some are missing, and a star where some failed."""
+    """Return ``91.2 ± 0.4 [90.2, 92.2]``; with how many cells it stands for where some are missing, and a star where some failed."""
     stat = group.stats.get(metric)
     if stat is None:
         return _empty(group.count)
-    spread = f" ± {_pc(stat.summary.sd)}" if stat.summary.sd is not None else ""
+    spread = f" ± {_pc(stat.summary.sd)} {_interval(stat.summary)}" if stat.summary.sd is not None else ""
     worst = f" ({_pc(stat.worst)})" if metric == ATTACK and group.count.done > 1 else ""
     return f"{_pc(stat.summary.mean)}{spread}{worst}{_tag(group.count)}"
+
+
+def _interval(summary: Summary) -> str:
+    if summary.low is None or summary.high is None:
+        return ""
+    return f"[{_pc(max(summary.low, 0.0))}, {_pc(min(summary.high, 1.0))}]"
 
 
 def _tag(count: Count, unit: str = "") -> str:
@@ -276,13 +285,12 @@ def _published(group: Group, metric: str, sources: Sequence[str]) -> str:
     return ", ".join(f"{_pc(row.values[metric])} [{sources.index(row.source) + 1}]" for row in rows)
 
 
-def _unmatched(groups: Iterable[Group], reported: Sequence[Reported]) -> list[str]:
+def _unmatched(groups: Iterable[Group], reported: Iterable[Reported]) -> Iterator[str]:
     matched = {id(row) for group in groups for row in group.reported}
-    left = [row for row in reported if id(row) not in matched]
-    return [
-        f"not in this table, reported by: {row.source} for {', '.join(f'{k} {v}' for k, v in row.where.items())}"
-        for row in left
-    ]
+    for row in reported:
+        if id(row) not in matched:
+            where = ", ".join(f"{column} {value}" for column, value in row.where.items())
+            yield f"not in this table, reported by: {row.source} for {where}"
 
 
 def _many(number: int, what: str) -> str:

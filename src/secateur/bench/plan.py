@@ -26,6 +26,7 @@ UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 AXES_KINDS: Mapping[str, Kind] = {"backdoor": "backdoor", "repair": "repair", "compress": "compressor"}
 TOP = ("format", "name", "victim_seeds", "repair_seeds", "threads", "device", "timeout", "memory", "train", "data", "model")
 KEYS = (*TOP, *AXES_KINDS, "measure", "reported")
+GROUPS = ("model", "backdoor", "trigger", "clean", "repair", "compress")  # columns of the table that say what is compared
 NOT_TRAINED = ("classes", "in_channels")  # what the data decide about a network
 
 
@@ -253,6 +254,8 @@ def _short(value: Any) -> str:
 def _unique(axis: str, choices: Iterable[Choice]) -> tuple[Choice, ...]:
     found = tuple(choices)
     labels = [choice.label for choice in found]
+    if axis == "repair" and NONE in labels:
+        raise MethodError("a [[repair]] cannot be called 'none': that is the row without repair; give it another label")
     for label in labels:
         if labels.count(label) > 1:
             raise MethodError(f"two [[{axis}]] are called '{label}'; give them labels of their own")
@@ -261,7 +264,10 @@ def _unique(axis: str, choices: Iterable[Choice]) -> tuple[Choice, ...]:
 
 def _metrics(table: Mapping[str, Any]) -> tuple[str, ...]:
     _known("key of [measure]", table, ("metrics",))
-    return tuple(_one_of("metric", metric, METRICS) for metric in table.get("metrics", METRICS))
+    metrics = table.get("metrics", METRICS)
+    if not isinstance(metrics, list | tuple) or not metrics:
+        raise MethodError(f"metrics must be a list of {', '.join(METRICS)}, got {metrics!r}")
+    return tuple(dict.fromkeys(_one_of("metric", metric, METRICS) for metric in metrics))
 
 
 def _reported(table: Mapping[str, Any], home: Path) -> tuple[Reported, ...]:
@@ -276,6 +282,7 @@ def _reported(table: Mapping[str, Any], home: Path) -> tuple[Reported, ...]:
     found = []
     for row in _tables(raw, "reported"):
         _known("key of [[reported]]", row, ("source", "where", *METRICS))
+        _known("column in where of [[reported]]", _table(row, "where"), GROUPS)
         values = {name: float(_typed(name, row[name], (int, float))) for name in METRICS if name in row}
         if not values or not all(0 <= value <= 1 for value in values.values()):
             raise MethodError(f"a [[reported]] row of {path.name} needs {' or '.join(METRICS)} in [0, 1]")

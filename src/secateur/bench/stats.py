@@ -122,7 +122,7 @@ def paired(a: Mapping[Block, float], b: Mapping[Block, float]) -> Paired:
 def signed_rank_p(differences: Iterable[float]) -> float:
     """Return the two-sided p-value that ``differences`` are symmetric about 0 (Wilcoxon signed-rank test).
 
-    Exact with ties as well: the distribution is that over all signs of the ranks at hand. Zeros are left out. With 5 differences
+    Exact with ties as well: the distribution is that over all signs of the ranks at hand. Zeros are left out. For 5 differences
     the smallest possible value is 0.0625.
 
     Source: Wilcoxon, Biometrics Bulletin 1 (1945).

@@ -1,4 +1,4 @@
-"""On a Slurm cluster: nodes that are ready together become one job array, whose tasks leave their outcomes in the store's queue.
+"""On a Slurm cluster: nodes that are ready together become one job array; its tasks leave their outcomes in the store's queue.
 
 The store must be a path that every machine sees, and so must the Python that runs this. Tasks outlive a driver that is killed:
 the next run on the same store takes up those that Slurm still lists.
@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
 import shlex
 import shutil
+import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import batched, groupby
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ...errors import MethodError, SecateurError
-from ..nodes import STAGES, canonical_json, from_config
-from ..work import Job, Outcome, run_job
+from ..nodes import STAGES, Node, canonical_json, from_config
+from ..store import Store, read_result
+from ..work import Job, Outcome, Status, run_job, warm
 
 COMMANDS = ("sbatch", "squeue", "scancel")
 MOST = 1000  # tasks in one array, Slurm's own default
@@ -35,7 +39,9 @@ HANGS = 120.0  # seconds after which a Slurm command counts as failed
 START_UP = 300.0  # seconds beyond a job's timeout that Slurm grants: the task itself watches the timeout
 BASE = {"cpu": 2 * 2**30, "cuda": 6 * 2**30}  # bytes that Python and torch take before a job's own memory
 OURS = ("--array", "-a", "--clusters", "-M")  # options of sbatch that would break the bookkeeping
-VERDICTS: dict[str, Literal["timeout", "memory"]] = {"TIMEOUT": "timeout", "DEADLINE": "timeout", "OUT_OF_MEMORY": "memory"}
+PASSING = ("timed out", "emporarily", "nable to contact")  # complaints of sbatch that may not be there a moment later
+PAUSES = (5.0, 30.0, 120.0)  # seconds before sbatch is tried again after one of those
+TELLING: dict[str, Status] = {"oom_kill": "memory", "oom-kill": "memory", "DUE TO TIME LIMIT": "timeout"}  # Slurm in the log
 OUT_OF_TIME = 97
 FIELDS = ("node", "source", "attempt", "batch_scale", "timeout", "memory")
 
@@ -68,7 +74,7 @@ class Slurm:
         *,
         workers: int | None = None,
         threads: int = 1,
-        gpus: int = 0,
+        gpus: int | None = None,
         options: Sequence[str] = (),
         patience: float = PATIENCE,
     ) -> None:
@@ -88,9 +94,10 @@ class Slurm:
         self._left: dict[str, tuple[Path, str]] | None = None
         self._looked = -math.inf
 
-    def free(self) -> int:
-        """Return how many more jobs may be in Slurm's queue."""
-        return self._most - len(self._collected) - len(self._tasks)
+    def room(self, node: Node) -> bool:
+        """Return whether one more job may be in Slurm's queue."""
+        del node
+        return len(self._collected) + len(self._tasks) < self._most
 
     def submit(self, job: Job) -> None:
         """Keep the job for the next array, unless a task of a killed driver does it already.
@@ -136,9 +143,10 @@ class Slurm:
 
     def _send(self) -> None:
         jobs, self._collected = sorted(self._collected, key=_order), []
-        for _, alike in groupby(jobs, key=_order):
-            for array in batched(alike, MOST):
-                self._send_array(array)
+        for _, group in groupby(jobs, key=_order):
+            alike = list(group)
+            for start in range(0, len(alike), MOST):
+                self._send_array(alike[start : start + MOST])
 
     def _send_array(self, jobs: Sequence[Job]) -> None:
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
@@ -150,7 +158,7 @@ class Slurm:
             for job in jobs:
                 (folder / f"{job.node.key}.json").write_text(_written(job), "utf-8")
             number = _sbatch(folder)
-            (folder / "id").write_text(f"{number}\n", "utf-8")
+            (folder / "id").write_text(number, "utf-8")
         except OSError as error:
             raise SecateurError(f"cannot write {folder} ({error.strerror}); free some space and run again") from None
         now = time.monotonic()
@@ -162,6 +170,9 @@ class Slurm:
         written = {path for folder in {task.folder for task in self._tasks} for path in folder.glob("*.outcome.json")}
         outcomes = [(task, self._outcome(task, written)) for task in self._tasks]
         self._tasks = [task for task, outcome in outcomes if outcome is None]
+        for task, outcome in outcomes:
+            if outcome is not None and outcome.status == "done":
+                _tidy(task)
         return [outcome for _, outcome in outcomes if outcome is not None]
 
     def _look(self) -> None:
@@ -181,27 +192,32 @@ class Slurm:
         path = task.folder / f"{key}.outcome.json"
         if path in written:
             return Outcome(**json.loads(path.read_text("utf-8")))
-        if task.gone is None or time.monotonic() - task.gone < self._patience:
+        if task.gone is None:
+            return None
+        store = Store(task.job.store)
+        if store.done(key):
+            result = read_result(store.folder(key))
+            return Outcome(key, "done", seconds=result["cost"]["seconds"], host=result["environment"]["host"])
+        if time.monotonic() - task.gone < self._patience:
             return None
         _cancel([task.id])  # should it run after all, it must not run beside its successor
-        verdict = _verdict(task.id)
-        status = VERDICTS.get(verdict, "lost")
-        why = f"Slurm ended task {task.id}{f' ({verdict})' if verdict else ''}{_last_line(task)}"
-        return Outcome(key, status, why, seconds=time.monotonic() - task.submitted)
+        log = _log(task)
+        told: list[Status] = [status for words, status in TELLING.items() if words in log]
+        last = log.strip().rpartition("\n")[2][:300]
+        why = f"Slurm's task {task.id} ended without an outcome" + (f": {last}" if last else "")
+        return Outcome(key, told[0] if told else "lost", why, log, time.monotonic() - task.submitted)
 
 
 def script(folder: Path, jobs: Sequence[Job], options: Iterable[str] = ()) -> str:
     """Return the array script of jobs that need the same of a machine; its task number i does line i of ``keys.txt``."""
     node, timeout, memory = jobs[0].node, jobs[0].timeout, jobs[0].memory
     lines = ["--job-name=secateur", f"--array=1-{len(jobs)}", "--ntasks=1", f"--cpus-per-task={node.threads}"]
-    lines.append("--output=%a.log")
     if node.device == "cuda":
         lines.append("--gres=gpu:1")
     if timeout is not None:
         lines.append(f"--time={math.ceil((timeout + START_UP) / 60)}")
     if memory is not None:
         lines.append(f"--mem={math.ceil((memory + BASE[node.device]) / 2**20)}M")
-    command = f"{shlex.quote(sys.executable)} -P -m {__spec__.name if __spec__ else __name__}"
     return "\n".join(
         [
             "#!/bin/bash",
@@ -209,7 +225,7 @@ def script(folder: Path, jobs: Sequence[Job], options: Iterable[str] = ()) -> st
             f"export OMP_NUM_THREADS={node.threads}",
             f"folder={shlex.quote(str(folder))}",
             'key=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$folder/keys.txt")',
-            f'exec {command} "$folder" "$key"',
+            f'exec {shlex.quote(sys.executable)} -P -m {__name__} "$folder" "$key"',
             "",
         ]
     )
@@ -228,13 +244,13 @@ def run_node(folder: Path, key: str) -> Outcome:
         SecateurError: The job's description is not what `Slurm` writes, or describes another node.
     """
     job = read_job(folder, key)
-    if job.timeout is None:
-        outcome = run_job(job)
-    else:
-        watch = threading.Timer(job.timeout, _expire, (folder, job))
+    warm()
+    watch = None if job.timeout is None else threading.Timer(job.timeout, _expire, (folder, job))
+    if watch is not None:
         watch.daemon = True
         watch.start()
-        outcome = run_job(job)
+    outcome = run_job(job)
+    if watch is not None:
         watch.cancel()
     _leave(folder, outcome)
     return outcome
@@ -270,5 +286,95 @@ def _order(job: Job) -> tuple[Any, ...]:
 
 def _written(job: Job) -> str:
     """Return the description of a job: everything but its target, which follows from its stage, and the store."""
-    values = {name: value for name, value in asdict_shallow(job).items() if name in FIELDS}
+    values = {name: value for name, value in vars(job).items() if name in FIELDS}
     return canonical_json({**values, "node": job.node.config, "source": dict(job.source)}) + "\n"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _leave(folder: Path, outcome: Outcome) -> None:
+    """Write an outcome whole or not at all."""
+    temporary = folder / f"{outcome.key}.{secrets.token_hex(4)}.tmp"
+    temporary.write_text(canonical_json(asdict(outcome)), "utf-8")
+    temporary.replace(folder / f"{outcome.key}.outcome.json")
+
+
+def _expire(folder: Path, job: Job) -> None:
+    """End this process because its job's time is up."""
+    why = f"it took longer than {job.timeout:g} s and was killed"
+    try:
+        _leave(folder, Outcome(job.node.key, "timeout", why, "", job.timeout or 0.0, socket.gethostname(), os.getpid()))
+    finally:
+        os._exit(OUT_OF_TIME)
+
+
+def _sbatch(folder: Path) -> str:
+    """Hand an array to Slurm and return its number."""
+    pauses = list(PAUSES)
+    log = str(folder).replace("%", "%%") + "/%a.log"  # Slurm fills in patterns in folders too
+    while True:
+        done = _run("sbatch", "--parsable", f"--output={log}", "array.sh", folder=folder)
+        if done.returncode == 0:
+            return done.stdout.strip().partition(";")[0]
+        complaint = done.stderr.strip().rpartition("\n")[2] or f"it ended with {done.returncode}"
+        if not pauses or not any(words in complaint for words in PASSING):
+            script = folder / "array.sh"
+            raise SecateurError(f"sbatch refused {script}: {complaint}; check --slurm, --workers and the plan's limits")
+        time.sleep(pauses.pop(0))
+
+
+def _listed() -> set[str] | None:
+    """Return the tasks that Slurm has of this user, or None when it does not answer."""
+    done = _run("squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}")
+    return set(done.stdout.split()) if done.returncode == 0 else None
+
+
+def _cancel(tasks: Sequence[str]) -> None:
+    for start in range(0, len(tasks), MOST):
+        _run("scancel", *tasks[start : start + MOST])
+
+
+def _run(*command: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANGS, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"{command[0]} timed out")
+
+
+def _log(task: _Task) -> str:
+    """Return the end of what a task printed."""
+    return _read(task.folder / f"{task.id.rpartition('_')[2]}.log")[-4000:]
+
+
+def _tidy(task: _Task) -> None:
+    """Remove what a finished task left in the queue, and its array's folder after the last one."""
+    key = task.job.node.key
+    for name in (f"{key}.json", f"{key}.outcome.json", f"{task.id.rpartition('_')[2]}.log"):
+        (task.folder / name).unlink(missing_ok=True)
+    if not any(task.folder.glob("*.json")):
+        shutil.rmtree(task.folder, ignore_errors=True)
+
+
+def _left_over(queue: Path) -> dict[str, tuple[Path, str]]:
+    """Return key -> folder and task of what a killed driver left in Slurm's queue; remove folders of which nothing is left."""
+    folders = [path for path in sorted(queue.glob("*")) if path.is_dir()]
+    listed = _listed() if folders else None
+    found: dict[str, tuple[Path, str]] = {}
+    for folder in folders if listed is not None else ():
+        number = _read(folder / "id")
+        tasks = {key: f"{number}_{i}" for i, key in enumerate(_read(folder / "keys.txt").split(), start=1)}
+        ended = {path.name.partition(".")[0] for path in folder.glob("*.outcome.json")}
+        live = {key: (folder, task) for key, task in tasks.items() if task in (listed or ()) and key not in ended}
+        if not live:
+            shutil.rmtree(folder, ignore_errors=True)
+        found |= live
+    return found
+
+
+if __name__ == "__main__":
+    run_node(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,423 @@
+"""From a store to tables: what is averaged, what is not, and that nothing is hidden."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from scipy.stats import t
+
+from secateur.bench import layout, tables
+from secateur.bench.nodes import COLUMNS, expand
+from secateur.bench.plan import read_plan
+from secateur.bench.store import Store
+from secateur.errors import DataError, MethodError
+
+PLAN = """
+format = 1
+name = "small"
+victim_seeds = [0, 1, 2]
+repair_seeds = [0, 1]
+[data]
+name = "fashion-mini"
+clean = 0.05
+[[model]]
+name = "convnet"
+label = "net"
+[[backdoor]]
+name = "badnets"
+label = "BadNets"
+[[backdoor]]
+name = "blended"
+label = "Blended"
+[[backdoor]]
+name = "none"
+[train]
+epochs = 1
+[[repair]]
+name = "fine-tuning"
+label = "tuned"
+[[repair]]
+name = "norm-pruning"
+label = "pruned"
+[reported]
+file = "reported.toml"
+"""
+REPORTED = """
+[[reported]]
+source = "Somebody, 2020"
+where = { backdoor = "BadNets", repair = "tuned" }
+attack_success = 0.07
+[[reported]]
+source = "Nobody, 2021"
+where = { backdoor = "BadNetz" }
+accuracy = 0.5
+"""
+
+
+class Table:
+    """A plan with a store that the test fills."""
+
+    def __init__(self, path, text=PLAN):
+        path.mkdir(exist_ok=True)
+        (path / "reported.toml").write_text(REPORTED)
+        (path / "plan.toml").write_text(text)
+        self.plan = read_plan(path / "plan.toml")
+        self.graph = expand(self.plan, digest=lambda name: name)
+        self.store = Store(path / "store")
+        self.store.make()
+
+    def cells(self, **columns):
+        return [cell for cell in self.graph.cells if all(getattr(cell, name) == value for name, value in columns.items())]
+
+    def put(self, key, values, scale=1.0):
+        result = {
+            "attempt": 1,
+            "batch_scale": scale,
+            "cost": {"seconds": 2.0},
+            "environment": {"host": "here"},
+            "values": values,
+        }
+        self.store.commit(self.store.begin(key), self.graph.nodes[key], result)
+
+    def finish(self, cell, accuracy, success=None, scale=1.0):
+        for key in cell.keys[:-1]:
+            if not self.store.done(key):
+                self.put(key, {"log": {"removed_share": 0.25}} if self.graph.nodes[key].stage == "repair" else {}, scale)
+        measured = {"accuracy": rate(accuracy)}
+        if success is not None:
+            measured |= {"attack_success": rate(success), "triggered_accuracy": rate(1 - success)}
+        self.put(cell.keys[-1], {"rates": measured, "cost": {"parameters": 100, "nonzero": 90, "macs": 500}})
+
+    def fill(self, cells=None):
+        for cell in cells or self.graph.cells:
+            self.finish(cell, *numbers(cell))
+
+    def fail(self, key, message="ValueError: too\nbad"):
+        self.store.record_failure(key, {"status": "failed", "message": message})
+
+    def rows(self):
+        return tables.rows(self.graph, self.store)
+
+    def groups(self):
+        return {tuple(group.config): group for group in tables.aggregate(self.rows(), self.plan)}
+
+    def group(self, backdoor, repair, trigger=None):
+        clean = None if repair == "none" else 0.05
+        return self.groups()["net", backdoor, trigger or backdoor, clean, repair, "none"]
+
+    def render(self, format="text", **options):
+        return tables.render(self.plan, self.graph, self.store, format, **options)
+
+
+def rate(value):
+    return {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 1000}
+
+
+def numbers(cell):
+    """Return accuracy and attack success of a cell, distinct for distinct configurations."""
+    base = {"none": 0.9, "tuned": 0.5, "pruned": 0.1}[cell.repair] - (0.05 if cell.backdoor == "Blended" else 0)
+    success = 0.02 if cell.backdoor == "none" else base + 0.02 * cell.victim_seed + 0.01 * (cell.repair_seed or 0)
+    return 0.8 + 0.02 * cell.victim_seed + 0.01 * (cell.repair_seed or 0), success
+
+
+def section(text, title):
+    """Return the lines under a title, head and rows of its table split at two spaces."""
+    lines = text.partition(f"\n{title.upper()}\n")[2].partition("\n\n")[0].splitlines()
+    return [[part.strip() for part in line.split("  ") if part.strip()] for line in lines]
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    monkeypatch.setattr("secateur.bench.store._sync", lambda path: None)
+
+
+@pytest.fixture
+def table(tmp_path):
+    return Table(tmp_path)
+
+
+@pytest.fixture
+def full(table):
+    table.fill()
+    return table
+
+
+def test_rows_are_the_cells_in_the_plans_order(full):
+    rows = full.rows()
+    assert [row.cell for row in rows] == list(full.graph.cells)
+    assert {row.state for row in rows} == {"done"}
+    repaired = next(row for row in rows if row.cell.repair == "pruned")
+    assert (repaired.parameters, repaired.nonzero, repaired.macs, repaired.removed_share) == (100, 90, 500, 0.25)
+    assert (repaired.seconds, repaired.host) == (2.0, "here")
+    assert repaired.rates["accuracy"] == rate(0.8)
+
+
+def test_interval_is_over_victims(full):
+    stat = full.group("BadNets", "tuned").stats["attack_success"]
+    values = [0.505, 0.525, 0.545]  # the two repair seeds of each victim averaged
+    low, high = t.interval(0.95, 2, loc=0.525, scale=0.02 / 3**0.5)
+    assert stat.summary.n == len(values)
+    assert (stat.summary.mean, stat.summary.sd) == (pytest.approx(0.525), pytest.approx(0.02))
+    assert (stat.summary.low, stat.summary.high) == (pytest.approx(low), pytest.approx(high))
+    assert stat.worst == pytest.approx(0.55)
+    assert full.group("BadNets", "tuned").stats["accuracy"].worst == pytest.approx(0.8)
+
+
+def test_a_failed_cell_is_never_averaged_away(table):
+    bad = table.cells(backdoor="BadNets", repair="pruned", victim_seed=1)
+    table.fill([cell for cell in table.graph.cells if cell not in bad])
+    for cell in bad:
+        table.fail(cell.keys[1])
+    group = table.group("BadNets", "pruned")
+    assert (group.count.done, group.count.failed, group.count.todo) == (4, 2, 0)
+    assert group.stats["attack_success"].summary.n == 2
+    text = table.render()
+    row = next(line for line in section(text, "Repairs") if line[0] == "pruned")
+    assert row[1:3] == ["82.5 ± 2.8 [57.1, 100.0], 4 of 6*", "12.5 ± 2.8 [0.0, 37.9] (15.0), 4 of 6*"]
+    assert row[3] == "82.5 ± 2.0 [77.5, 87.5]"
+    assert "60 cells: 58 done, 2 failed, 0 to do; 3 victim seeds x 2 repair seeds" in text
+    assert "* some cells failed" in text
+    over = next(line for line in section(text, "Over attacks") if line[0] == "pruned")
+    assert over[1:4] == ["2 of 2", "10 of 12*", "82.5*"]
+    assert text.count("repair norm-pruning seed 0: ValueError: too bad") == 1
+    paired = section(text, "Paired differences")[2]
+    assert paired[2].endswith("n=2, 4 of 6 pairs*")
+
+
+def test_what_a_failed_victim_takes_with_it_is_skipped(table):
+    victim = table.cells(backdoor="Blended", repair="none", victim_seed=2)[0].keys[0]
+    table.fail(victim, "RuntimeError: loss is nan")
+    rows = {tuple(vars(row.cell).values())[:-1]: row for row in table.rows()}
+    assert rows["net", "Blended", "Blended", None, "none", "none", 2, None].state == "failed"
+    assert rows["net", "Blended", "Blended", 0.05, "tuned", "none", 2, 0].state == "skipped"
+    assert rows["net", "none", "Blended", None, "none", "none", 2, None].state == "skipped"  # it needs the trigger
+    assert rows["net", "none", "BadNets", None, "none", "none", 2, None].state == "todo"
+    error = "victim blended seed 2: RuntimeError: loss is nan"
+    assert {row.error for row in rows.values() if row.state == "skipped"} == {error}
+    text = table.render()
+    assert "60 cells: 0 done, 1 failed, 9 skipped, 50 to do" in text
+    assert section(text, "Skipped cells")[1] == ["9", error]
+
+
+def test_failed_images_skip_everything(table):
+    table.fail(next(iter(table.graph.nodes)), "")
+    assert {row.state for row in table.rows() if row.cell.victim_seed == 0} == {"skipped"}
+    assert next(row for row in table.rows()).error == "data seed 0: failed"
+
+
+def test_an_empty_store_is_all_to_do(tmp_path):
+    table = Table(tmp_path)
+    table.store = Store(tmp_path / "nowhere")
+    assert {row.state for row in table.rows()} == {"todo"}
+    text = table.render()
+    assert section(text, "Repairs")[2] == ["none", "to do", "to do", "to do", "to do"]
+    assert "failed*" not in text
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_broken_result_is_one_line(full):
+    path = full.store.folder(full.graph.cells[0].keys[-1]) / "result.json"
+    path.write_text("{")
+    with pytest.raises(DataError, match="delete its folder and run the plan again"):
+        full.render()
+
+
+def test_over_attacks_has_mean_and_worst_without_the_control(full):
+    found = {row.defence.repair: row for row in tables.over_attacks(full.groups().values(), full.plan)}
+    assert found["tuned"].mean["attack_success"] == pytest.approx((0.525 + 0.475) / 2)
+    assert found["tuned"].worst["attack_success"] == pytest.approx(0.55)
+    assert found["tuned"].worst_attack == {"accuracy": "BadNets", "attack_success": "BadNets", "triggered_accuracy": "BadNets"}
+    assert (found["tuned"].count.done, found["tuned"].attacks, found["tuned"].planned) == (12, 2, 2)
+
+
+def test_one_attack_has_no_table_over_attacks(tmp_path):
+    table = Table(tmp_path, PLAN.replace('[[backdoor]]\nname = "blended"\nlabel = "Blended"\n', ""))
+    table.fill()
+    assert tables.over_attacks(table.groups().values(), table.plan) == []
+    assert "OVER ATTACKS" not in table.render()
+
+
+def test_the_control_stands_apart(full):
+    text = full.render()
+    assert section(text, "Benign control")[1][:4] == ["repair", "accuracy", "ASR under BadNets", "ASR under Blended"]
+    assert section(text, "Benign control")[2][2] == "2.0 ± 0.0 [2.0, 2.0] (2.0)"
+    assert not any("none ASR" in cell for line in section(text, "Repairs") for cell in line)
+
+
+def test_only_benign_networks(tmp_path):
+    attacks = PLAN[PLAN.index("[[backdoor]]") : PLAN.index('[[backdoor]]\nname = "none"')]
+    table = Table(tmp_path, PLAN.replace(attacks, ""))
+    for cell in table.graph.cells:
+        table.finish(cell, 0.9)
+    text = table.render()
+    assert section(text, "Benign control")[1] == ["repair", "accuracy"]
+    assert "MEAN RANKS" not in text
+    assert "PAIRED" not in text
+    assert json.loads(table.render("json"))["cells"][0]["rates"]["attack_success"] is None
+
+
+def test_ranks_put_failures_last_and_leave_unfinished_blocks_out(table):
+    failed = table.cells(backdoor="BadNets", repair="pruned", victim_seed=0, repair_seed=0)[0]
+    todo = table.cells(backdoor="Blended", repair="tuned", victim_seed=0, repair_seed=0)[0]
+    table.fill([cell for cell in table.graph.cells if cell not in (failed, todo)])
+    table.fail(failed.keys[1])
+    by_success, by_accuracy = tables.rankings(table.rows(), table.plan)
+    assert (by_success.ranks.blocks, by_success.planned) == (11, 12)
+    assert by_success.ranks.mean == {"tuned": pytest.approx((10 * 2 + 1) / 11), "pruned": pytest.approx((10 * 1 + 2) / 11)}
+    assert by_success.failed == {"tuned": 0, "pruned": 1}
+    assert by_accuracy.ranks.mean == {"tuned": pytest.approx((10 * 1.5 + 1) / 11), "pruned": pytest.approx((10 * 1.5 + 2) / 11)}
+    assert "1.09 (1 failed)*" in table.render()
+
+
+def test_paired_differences_from_the_first_fine_tuning_or_any_other(full):
+    found = {(row.config.backdoor, row.config.repair, row.metric): row for row in tables.differences(full.rows(), full.plan)}
+    assert {key[1] for key in found} == {"pruned"}
+    value = found["BadNets", "pruned", "attack_success"].value
+    assert (value.mean, value.n, value.blocks, value.p) == (pytest.approx(-0.4), 3, 6, 0.25)
+    unrepaired = tables.differences(full.rows(), full.plan, baseline="none")
+    assert {row.config.repair for row in unrepaired} == {"tuned", "pruned"}
+    first = next(row for row in unrepaired if row.config.repair == "tuned" and row.metric == "attack_success")
+    assert first.value.mean == pytest.approx(0.525 - 0.92)  # its two repair seeds against the one victim
+    with pytest.raises(MethodError, match="unknown baseline 'tune'"):
+        tables.differences(full.rows(), full.plan, baseline="tune")
+
+
+def test_reported_numbers_stand_beside_measured_ones(full):
+    text = full.render()
+    head, *rows = section(text, "Repairs")[1:]
+    assert head[1:4] == ["BadNets accuracy", "BadNets ASR", "BadNets ASR, reported"]
+    assert rows[1][2:4] == ["52.5 ± 2.0 [47.5, 57.5] (55.0)", "7.0 [1]"]
+    assert ["[1] reported by: Somebody, 2020"] in section(text, "Repairs")
+    assert ["not in this table, reported by: Nobody, 2021 for backdoor BadNetz"] in section(text, "Repairs")
+    assert full.group("BadNets", "tuned").stats["attack_success"].summary.mean == pytest.approx(0.525)
+    assert not full.group("BadNets", "pruned").reported
+
+
+def test_one_victim_says_so(tmp_path):
+    table = Table(tmp_path, PLAN.replace("victim_seeds = [0, 1, 2]", "victim_seeds = [0]"))
+    table.fill()
+    text = table.render()
+    assert "one victim seed: no interval" in text
+    assert "±" not in text
+    assert section(text, "Repairs")[3][1:3] == ["80.5", "50.5 (51.0)"]
+    assert section(text, "Paired differences")[2][2:] == ["-40.0", "0.0"]
+    assert json.loads(table.render("json"))["groups"][1]["stats"]["accuracy"]["summary"]["low"] is None
+
+
+def test_csv_has_a_line_per_cell_with_fixed_floats(full):
+    rows = list(csv.DictReader(io.StringIO(full.render("csv"))))
+    assert len(rows) == len(full.graph.cells)
+    row = next(row for row in rows if row["backdoor"] == "BadNets" and row["repair"] == "tuned")
+    assert list(row)[: len(COLUMNS) + 5] == [*COLUMNS, "state", "accuracy", "accuracy_low", "accuracy_high", "accuracy_n"]
+    assert (row["clean"], row["attack_success"], row["attack_success_n"]) == ("0.05", "0.5000", "1000")
+    assert (row["removed_share"], row["parameters"], row["nonzero"], row["error"]) == ("0.2500", "100", "90", "")
+    assert "seconds" not in row
+    costly = next(csv.DictReader(io.StringIO(full.render("csv", with_cost=True))))
+    assert (costly["seconds"], costly["host"]) == ("2.0000", "here")
+
+
+def test_tables_do_not_depend_on_the_order_of_filling(tmp_path):
+    texts = set()
+    for seed in range(3):
+        table = Table(tmp_path / str(seed))
+        cells = list(table.graph.cells)
+        random.Random(seed).shuffle(cells)
+        bad = table.cells(backdoor="Blended", repair="tuned")
+        for cell in cells:
+            table.fail(cell.keys[1]) if cell in bad else table.finish(cell, *numbers(cell))
+        texts.add(tuple(table.render(format) for format in tables.FORMATS))
+    assert len(texts) == 1
+
+
+def test_csv_is_sorted_whatever_the_order_of_the_plan(full, tmp_path):
+    lines = full.render("csv").splitlines()
+    repairs = PLAN[PLAN.index('[[repair]]\nname = "fine') : PLAN.index("[reported]")]
+    first, second = repairs.split("[[repair]]")[1:]
+    other = Table(tmp_path, PLAN.replace(repairs, f"[[repair]]{second}[[repair]]{first}").replace("[0, 1, 2]", "[2, 0, 1]"))
+    assert other.graph.cells != full.graph.cells
+    assert other.render("csv").splitlines() == lines
+
+
+def test_json_has_everything(full):
+    document = json.loads(full.render("json"))
+    assert (document["schema_version"], document["kind"], document["plan"]) == (1, "bench", "small")
+    assert len(document["cells"]) == 60
+    assert "seconds" not in document["cells"][0]
+    group = next(row for row in document["groups"] if (row["backdoor"], row["repair"]) == ("BadNets", "tuned"))
+    assert group["count"] == {"done": 6, "failed": 0, "todo": 0}
+    assert group["stats"]["attack_success"]["summary"]["mean"] == pytest.approx(0.525)
+    assert group["reported"][0]["source"] == "Somebody, 2020"
+    assert document["attacks"][0]["worst_attack"]["attack_success"] == "BadNets"
+    assert document["ranks"][0]["ranks"]["mean"] == {"tuned": 2, "pruned": 1}
+    assert document["paired"][0]["value"]["mean"] == pytest.approx(-0.4)
+
+
+def test_half_batch_is_said(table):
+    cells = table.cells(backdoor="BadNets", victim_seed=0)
+    table.fill(cells[:1])
+    table.finish(cells[1], 0.9, 0.1, scale=0.5)
+    assert table.rows()[1].note == "half batch (repair)"
+    assert "half batch (repair)" in table.render("csv")
+    assert section(table.render(), "Half batch")[2][-1] == "half batch (repair)"
+
+
+def test_markdown_shows_hostile_names_letter_by_letter(tmp_path):
+    text = PLAN.replace('label = "pruned"', 'label = "<b>|x"').replace('name = "small"', 'name = "a\\u001b[2J"')
+    table = Table(tmp_path, text)
+    table.fail(table.cells(backdoor="BadNets", repair="<b>|x")[0].keys[1], "OSError: \x1b[2J [x](y) | <i>")
+    markdown = table.render("md")
+    assert "<b>" not in markdown
+    assert "<i>" not in markdown
+    widths = {line.replace("\\|", "").count("|") for line in markdown.split("## Failed cells")[1].splitlines() if "|" in line}
+    assert len(widths) == 1
+    for format in ("md", "text", "csv"):
+        assert "\x1b" not in table.render(format)
+
+
+def test_markdown_of_a_finished_plan(full):
+    lines = full.render("md").splitlines()
+    assert lines[0] == "# small"
+    assert lines[2] == "- 60 cells: 60 done, 0 failed, 0 to do; 3 victim seeds x 2 repair seeds"
+    assert lines[3] == "- model net; clean 5 %; compress none"
+    assert "| tuned | 82.5 ± 2.0 \\[77.5, 87.5\\] | 52.5 ± 2.0 \\[47.5, 57.5\\] \\(55.0\\) | 7.0 \\[1\\] | 82.5 ± 2.0 \\[77.5, 87.5\\] | 47.5 ± 2.0 \\[42.5, 52.5\\] \\(50.0\\) |" in lines
+
+
+def test_cost_is_shown_when_asked_for(full):
+    assert "COST" not in full.render()
+    assert section(full.render(with_cost=True), "Cost")[2] == ["none", "2.0", "here"]
+
+
+def test_unknown_format(full):
+    with pytest.raises(MethodError, match="unknown format 'tex'; did you mean 'text'"):
+        full.render("tex")
+
+
+def test_parquet_has_typed_columns(full, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    tables.to_parquet(tmp_path / "cells.parquet", full.plan, full.graph, full.store)
+    found = pq.read_table(tmp_path / "cells.parquet")
+    types = {field.name: str(field.type) for field in found.schema}
+    assert {types[name] for name in ("accuracy", "clean", "removed_share")} == {"double"}
+    assert {types[name] for name in ("accuracy_n", "repair_seed", "nonzero")} == {"int64"}
+    assert found.column_names == full.render("csv").partition("\n")[0].split(",")
+    assert found.num_rows == 60
+    with pytest.raises(DataError, match="name another file"):
+        tables.to_parquet(tmp_path / "no" / "cells.parquet", full.plan, full.graph, full.store)
+
+
+def test_parquet_needs_pyarrow(full, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MethodError, match=r"needs pyarrow; run: pip install secateur\[parquet\]"):
+        tables.to_parquet(tmp_path / "cells.parquet", full.plan, full.graph, full.store)
+
+
+def test_tables_need_nothing_heavy():
+    heavy = ("torch", "numpy", "scipy", "pyarrow")
+    code = f"import sys, {tables.__name__}, {layout.__name__}; sys.exit(any(m in sys.modules for m in {heavy}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
