@@ -385,7 +385,9 @@ def test_markdown_of_a_finished_plan(full):
     assert lines[0] == "# small"
     assert lines[2] == "- 60 cells: 60 done, 0 failed, 0 to do; 3 victim seeds x 2 repair seeds"
     assert lines[3] == "- model net; clean 5 %; compress none"
-    assert "| tuned | 82.5 ± 2.0 \\[77.5, 87.5\\] | 52.5 ± 2.0 \\[47.5, 57.5\\] \\(55.0\\) | 7.0 \\[1\\] | 82.5 ± 2.0 \\[77.5, 87.5\\] | 47.5 ± 2.0 \\[42.5, 52.5\\] \\(50.0\\) |" in lines
+    accuracy, badnets = r"82.5 ± 2.0 \[77.5, 87.5\]", r"52.5 ± 2.0 \[47.5, 57.5\] \(55.0\)"
+    blended = r"47.5 ± 2.0 \[42.5, 52.5\] \(50.0\)"
+    assert rf"| tuned | {accuracy} | {badnets} | 7.0 \[1\] | {accuracy} | {blended} |" in lines
 
 
 def test_cost_is_shown_when_asked_for(full):

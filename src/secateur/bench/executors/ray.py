@@ -55,9 +55,10 @@ class Ray:
         os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
         try:
             import ray
+            import ray.exceptions
         except ImportError:
             raise MethodError('the executor ray needs Ray; pip install "secateur[ray]", or use --executor local') from None
-        self._ray = ray
+        self._ray, self._errors = ray, ray.exceptions
         self._threads, self._most = threads, workers
         self._ours = not ray.is_initialized()
         if self._ours:
@@ -120,7 +121,7 @@ class Ray:
             self._ray.shutdown()
 
     def _outcome(self, task: _Task) -> Outcome:
-        errors = self._ray.exceptions
+        errors = self._errors
         elapsed = time.monotonic() - task.submitted
         key, limit = task.job.node.key, task.job.timeout
         try:
