@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import signal
 import subprocess
@@ -171,14 +170,15 @@ def test_looking_does_not_import_torch(home, verb):
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(home, tmp_path):
+@pytest.mark.parametrize("notice", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_with_130_and_the_same_command_goes_on(home, tmp_path, notice):
     store = tmp_path / "store"
     command = [*SECATEUR, "bench", "run", str(home / "tiny.toml"), "--store", str(store), "--workers", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     end = time.monotonic() + 60
     while not list(store.glob("nodes/*/*/result.json")) and time.monotonic() < end:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
+    process.send_signal(notice)
     assert process.wait(60) == 130
     assert process.stderr is not None
     assert process.stderr.read().splitlines()[-1] == "secateur: error: interrupted"

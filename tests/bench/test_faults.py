@@ -15,8 +15,11 @@ import faulty
 import pytest
 from faulty import chain, drive, graph, node, pids, ran
 
+from secateur.bench.driver import run
 from secateur.bench.index import Index, read_index
+from secateur.bench.nodes import Node
 from secateur.bench.store import Store
+from secateur.bench.work import Job, Outcome
 from secateur.errors import SecateurError
 
 PATIENCE = 60.0  # seconds until a test gives up waiting
@@ -202,6 +205,31 @@ def test_a_damaged_index_is_written_anew(tmp_path, log):
     with Index.open(store) as index:
         assert index.rebuild(store) == 4
     assert read_index(store).keys() == good.keys()
+
+
+class Elsewhere:
+    """An executor whose workers see another disk."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def room(self, node: Node) -> bool:
+        return True
+
+    def submit(self, job: Job) -> None:
+        self.jobs.append(job)
+
+    def poll(self, seconds: float) -> list[Outcome]:
+        jobs, self.jobs = self.jobs, []
+        return [Outcome(job.node.key, "done", host="far-away") for job in jobs]
+
+    def close(self) -> None: ...
+
+
+def test_a_store_that_is_not_shared_is_named(tmp_path, log, monkeypatch):
+    monkeypatch.setattr("secateur.bench.driver.PATIENCE", 0.2)
+    with pytest.raises(SecateurError, match="a node that ended on far-away left no result in .*put the store on a disk"):
+        run(chain(log, 1), Store(tmp_path / "store"), Elsewhere(), faulty.plan(), stages=faulty.STAGES)
 
 
 def test_an_executor_without_room_is_given_up(tmp_path, log, monkeypatch):

@@ -54,9 +54,7 @@ if (HERE / "refuse").exists():
 count = int(re.search(r"#SBATCH --array=1-(\d+)$", Path("array.sh").read_text(), re.M)[1])
 for task in range(1, count + 1):
     if (HERE / "swallow").exists():
-        (HERE / "swallow").unlink()
-        if (HERE / "oom").exists():
-            Path(output.format(task=task)).write_text("slurmstepd: error: Detected 1 oom_kill event\n")
+        (HERE / "swallow").rename(output.format(task=task))
         continue
     environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task)}
     with open(output.format(task=task), "w") as log:
@@ -278,12 +276,23 @@ def test_a_killed_task_is_lost(cluster, slurm, job):
     assert (found[0].status, found[0].message) == ("lost", "Slurm's task 1_1 ended without an outcome")
 
 
-def test_what_slurm_writes_into_the_log_tells_a_lack_of_memory(cluster, slurm, job):
-    cluster.tell("swallow")
-    cluster.tell("oom")
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (
+            "slurmstepd: error: Detected 1 oom_kill event in StepId=7.batch. Some of the step tasks have been OOM Killed.",
+            "memory",
+        ),
+        ("slurmstepd: error: Detected 1 oom-kill event(s) in step 7.batch cgroup.", "memory"),
+        ("slurmstepd-a: error: StepId=7.batch exceeded memory limit (236019712 > 104857600), being killed", "memory"),
+        ("slurmstepd-a: error: *** JOB 7 ON a CANCELLED AT 2026-11-21T08:25:38 DUE TO TIME LIMIT ***", "timeout"),
+        ("slurmstepd-a: error: *** JOB 7 ON a CANCELLED AT 2026-11-21T08:25:38 DUE TO NODE FAILURE ***", "lost"),
+    ],
+)
+def test_what_slurm_writes_into_the_log_tells_why_it_killed_a_task(cluster, slurm, job, words, status):
+    cluster.tell("swallow", f"an earlier line\n{words}\n")
     outcome = one(slurm, job)
-    assert outcome.status == "memory"
-    assert outcome.message == "Slurm's task 1_1 ended without an outcome: slurmstepd: error: Detected 1 oom_kill event"
+    assert (outcome.status, outcome.message) == (status, f"Slurm's task 1_1 ended without an outcome: {words}")
 
 
 def test_nothing_is_lost_while_squeue_does_not_answer(cluster, slurm, job):
@@ -342,7 +351,7 @@ def test_what_a_killed_driver_left_is_removed_once_its_tasks_are_gone(cluster, s
     slurm.poll(0.0)
     [old] = Store(job.store).queue.iterdir()
     heir = Slurm(patience=0.2)
-    assert one(heir, job).status == "done"
+    heir.submit(job)
     assert not old.exists()
 
 
@@ -360,7 +369,9 @@ def test_what_sbatch_refuses_ends_the_run_with_its_words(cluster, slurm, store, 
 def test_sbatch_is_asked_again_after_a_passing_fault(cluster, slurm, job, monkeypatch):
     monkeypatch.setattr("secateur.bench.executors.slurm.PAUSES", (0.1,))
     cluster.tell("refuse", "once Socket timed out on send/recv operation")
-    assert one(slurm, job).status == "done"
+    slurm.submit(job)
+    slurm.poll(0.0)
+    assert len(cluster.pids()) == 1
     cluster.tell("refuse", "Socket timed out on send/recv operation")
     with pytest.raises(SecateurError, match=r"^sbatch refused .*Socket timed out"):
         one(slurm, other_seed(job, 1))

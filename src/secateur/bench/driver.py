@@ -26,6 +26,7 @@ Event = Literal["start", "done", "retry", "failed", "tick"]
 OnEvent = Callable[[Event, Node | None, "Progress"], None]
 ATTEMPTS = 3  # of a node whose process was lost
 TICK = 1.0  # seconds between heartbeats
+PATIENCE = 10.0  # seconds until a finished node's result must be seen
 STALL = 120  # seconds without room for any node after which a run gives up
 ORDER = tuple(STAGES)
 
@@ -177,6 +178,7 @@ class _Run:
         if outcome.status != "done" and self.store.done(outcome.key):
             outcome = replace(outcome, status="done")  # it was killed after its last step
         if outcome.status == "done":
+            self._check_shared(outcome)
             self._finish(job, outcome)
         elif outcome.status == "disk":
             raise _full(self.store, self.progress, outcome.message)
@@ -190,6 +192,17 @@ class _Run:
             with _disk(self.store, self.progress):
                 self.store.record_failure(outcome.key, record)
             self.tell("failed", job.node, self.progress)
+
+    def _check_shared(self, outcome: Outcome) -> None:
+        """Make sure that what a worker wrote is here; a network disk may take a moment to show it."""
+        end = time.monotonic() + PATIENCE
+        while not self.store.done(outcome.key):
+            if time.monotonic() > end:
+                raise SecateurError(
+                    f"a node that ended on {outcome.host} left no result in {self.store.root}; "
+                    "put the store on a disk that all machines share"
+                )
+            time.sleep(TICK / 10)
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
         self.progress.done += 1

@@ -253,7 +253,7 @@ def _pc(value: float) -> str:
 
 
 def _level(group: Group, metric: str) -> str:
-    """Return ``91.2 ± 0.4 [90.2, 92.2]``; with how many cells it stands for where some are missing, and a star where some failed."""
+    """Return ``91.2 ± 0.4 [90.2, 92.2]``; where cells are missing, how many it stands for; a star where some failed."""
     stat = group.stats.get(metric)
     if stat is None:
         return _empty(group.count)

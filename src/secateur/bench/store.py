@@ -22,7 +22,7 @@ from .nodes import Node, canonical_json, from_config
 
 CONFIG, RESULT, OWNER = "config.json", "result.json", "owner.json"
 CHECKPOINTS = "checkpoints"
-A_DAY = 86400.0
+A_WEEK = 7 * 86400.0
 
 
 class Store:
@@ -175,11 +175,11 @@ def _sync(path: Path) -> None:
 
 
 def _alive(owner: Path) -> bool:
-    """Whether the process that works here still runs; on another machine nobody can tell, so a day counts as yes."""
+    """Whether the process that works here still runs; on another machine nobody can tell, so a week counts as yes."""
     try:
         record = json.loads(owner.read_text("utf-8"))
         if record["host"] != socket.gethostname():
-            return time.time() - owner.stat().st_mtime < A_DAY
+            return time.time() - owner.stat().st_mtime < A_WEEK
         os.kill(int(record["pid"]), 0)
         return not _zombie(int(record["pid"]))
     except (OSError, ValueError, KeyError, TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -64,6 +65,7 @@ def run(
     options = _options(executor, {"workers": workers, "gpus": gpus, "address": address, "options": slurm})
     if dry_run:
         return _dry_run(read, graph, where, workers)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's notice ends a run as Ctrl-C does
     runner = make(executor, threads=read.threads, **options)
     show = _Progress(graph, where, show=not (quiet or no_progress))
     try:

@@ -5,24 +5,29 @@ The store must be a path that every machine sees. Ray ends a task when its drive
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
-import threading
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...errors import MethodError, SecateurError
 from ..nodes import Node
+from ..store import Store
 from ..work import Job, Outcome, run_job, warm
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do one day; until then it warns
 }
-OUT_OF_TIME = 97  # exit code of a worker that ran into its job's timeout
-GRACE = 30.0  # seconds after which a job that did not end itself is cancelled
+ALONE = {  # for a Ray that is started here
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # makes it listen on loopback alone, which no address that it is given does
+    "RAY_AUTH_MODE": "token",
+}
 REFRESH = 5.0  # seconds between looks at the size of the cluster
 
 
@@ -52,7 +57,10 @@ class Ray:
     def __init__(
         self, *, workers: int | None = None, threads: int = 1, gpus: int | None = None, address: str | None = None
     ) -> None:
-        os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+        address = address or os.environ.get("RAY_ADDRESS")
+        alone = address is None and "ray" not in sys.modules  # Ray reads its environment when it is imported
+        for name, value in {**ENVIRONMENT, **(ALONE if alone else {})}.items():
+            os.environ.setdefault(name, value)
         try:
             import ray
             import ray.exceptions
@@ -62,7 +70,7 @@ class Ray:
         self._threads, self._most = threads, workers
         self._ours = not ray.is_initialized()
         if self._ours:
-            self._connect(address or os.environ.get("RAY_ADDRESS"), gpus)
+            self._connect(address, gpus)
         self._call = ray.remote(max_retries=0)(_serve)
         self._tasks: dict[Any, _Task] = {}
         self._size, self._looked = 0, -REFRESH
@@ -77,7 +85,6 @@ class Ray:
                 "num_gpus": gpus or None,
                 "include_dashboard": False,
             }
-            options["_node_ip_address"] = "127.0.0.1"
         else:
             options["address"] = address
         try:
@@ -107,9 +114,6 @@ class Ray:
             return []
         ready, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=seconds)
         more, _ = self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)
-        for task in self._tasks.values():
-            if task.job.timeout and time.monotonic() - task.submitted > task.job.timeout + GRACE:
-                self._ray.cancel(task.reference, force=True)
         return [self._outcome(self._tasks.pop(reference)) for reference in {*ready, *more}]
 
     def close(self) -> None:
@@ -123,33 +127,54 @@ class Ray:
     def _outcome(self, task: _Task) -> Outcome:
         errors = self._errors
         elapsed = time.monotonic() - task.submitted
-        key, limit = task.job.node.key, task.job.timeout
+        key = task.job.node.key
         try:
             return self._ray.get(task.reference)
         except errors.OutOfMemoryError:
-            return Outcome(key, "memory", "Ray killed it because its machine ran out of memory", seconds=elapsed)
+            outcome = Outcome(key, "memory", "Ray killed it because its machine ran out of memory", seconds=elapsed)
         except (errors.WorkerCrashedError, errors.TaskCancelledError) as error:
-            if limit and elapsed >= limit:
-                return Outcome(key, "timeout", f"it took longer than {limit:g} s and was killed", seconds=elapsed)
-            return Outcome(key, "lost", f"its worker died: {_first_line(error)}", seconds=elapsed)
+            outcome = Outcome(key, "lost", f"its worker died: {_first_line(error)}", seconds=elapsed)
         except errors.RayTaskError as error:
-            return Outcome(key, "failed", f"its worker could not start it: {_first_line(error)}", str(error)[-4000:], elapsed)
+            why = f"its worker could not start it: {_first_line(error)}"
+            outcome = Outcome(key, "failed", why, str(error)[-4000:], elapsed)
         except errors.RayError as error:
-            return Outcome(key, "lost", f"its machine was lost: {_first_line(error)}", seconds=elapsed)
+            outcome = Outcome(key, "lost", f"its machine was lost: {_first_line(error)}", seconds=elapsed)
+        if trace := _expired(task.job):
+            limit = task.job.timeout or 0.0
+            return Outcome(key, "timeout", f"it took longer than {limit:g} s and was killed", trace, limit)
+        return outcome
 
 
 def _serve(job: Job) -> Outcome:
-    """Run one job in a Ray worker, which ends itself when the time is up: only it knows when the job really began."""
+    """Run one job in a Ray worker, which ends itself when the time is up: only it knows when the job really began.
+
+    Its last act is to write where it was, by which the driver knows that it was the time.
+    """
     warm()
-    timer = threading.Timer(job.timeout, os._exit, (OUT_OF_TIME,)) if job.timeout else None
-    if timer is not None:
-        timer.daemon = True
-        timer.start()
-    try:
+    if job.timeout is None:
         return run_job(job)
-    finally:
-        if timer is not None:
-            timer.cancel()
+    with _last_words(job).open("w", encoding="utf-8") as file:
+        faulthandler.dump_traceback_later(job.timeout, exit=True, file=file)  # needs no GIL, so that no hang escapes it
+        try:
+            return run_job(job)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            _last_words(job).unlink(missing_ok=True)
+
+
+def _last_words(job: Job) -> Path:
+    return Store(job.store).tmp / f"{job.node.key}-{job.attempt}.timeout"
+
+
+def _expired(job: Job) -> str:
+    """Return where a job was when its time was up, and forget it; nothing if it did not run out of time."""
+    path = _last_words(job)
+    try:
+        text = path.read_text("utf-8")
+        path.unlink()
+    except OSError:
+        return ""
+    return text[:4000]
 
 
 def _first_line(error: BaseException) -> str:

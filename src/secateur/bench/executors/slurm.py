@@ -41,7 +41,10 @@ BASE = {"cpu": 2 * 2**30, "cuda": 6 * 2**30}  # bytes that Python and torch take
 OURS = ("--array", "-a", "--clusters", "-M")  # options of sbatch that would break the bookkeeping
 PASSING = ("timed out", "emporarily", "nable to contact")  # complaints of sbatch that may not be there a moment later
 PAUSES = (5.0, 30.0, 120.0)  # seconds before sbatch is tried again after one of those
-TELLING: dict[str, Status] = {"oom_kill": "memory", "oom-kill": "memory", "DUE TO TIME LIMIT": "timeout"}  # Slurm in the log
+TELLING: dict[str, Status] = {  # what Slurm writes into the log of a task that it kills
+    **dict.fromkeys(("oom_kill", "oom-kill", "memory limit"), "memory"),
+    "DUE TO TIME LIMIT": "timeout",
+}
 OUT_OF_TIME = 97
 FIELDS = ("node", "source", "attempt", "batch_scale", "timeout", "memory")
 
