@@ -228,7 +228,7 @@ class Elsewhere:
 
 def test_a_store_that_is_not_shared_is_named(tmp_path, log, monkeypatch):
     monkeypatch.setattr("secateur.bench.driver.PATIENCE", 0.2)
-    with pytest.raises(SecateurError, match="a node that ended on far-away left no result in .*put the store on a disk"):
+    with pytest.raises(SecateurError, match=r"a node that ended on far-away left no result in .*put the store on a disk"):
         run(chain(log, 1), Store(tmp_path / "store"), Elsewhere(), faulty.plan(), stages=faulty.STAGES)
 
 

@@ -65,7 +65,7 @@ def run(
     options = _options(executor, {"workers": workers, "gpus": gpus, "address": address, "options": slurm})
     if dry_run:
         return _dry_run(read, graph, where, workers)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's notice ends a run as Ctrl-C does
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's notice ends a run as Ctrl-C does
     runner = make(executor, threads=read.threads, **options)
     show = _Progress(graph, where, show=not (quiet or no_progress))
     try:
@@ -73,6 +73,7 @@ def run(
             end = driver.run(graph, where, runner, read, on_event=show)
     finally:
         runner.close()
+        signal.signal(signal.SIGTERM, before)
     if not quiet:
         say(_ending(end, where))
     if end.failed:
