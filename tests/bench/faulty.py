@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from secateur.state import batch_size
 
 SMOKE = Path(__file__).parents[2] / "plans" / "smoke.toml"
 STAGES = {"work": "faulty:work"}
+PATIENCE = 60.0  # seconds until a test gives up waiting
 
 
 def work(work: Work) -> dict[str, Any]:
@@ -101,6 +102,21 @@ def ran(log: Path) -> list[str]:
 
 def pids(log: Path) -> list[int]:
     return [int(line.split()[1]) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+
+
+def until(happened: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "ZX"
 
 
 if __name__ == "__main__":  # python faulty.py STORE LOG COUNT SLEEP: a driver that tests can kill

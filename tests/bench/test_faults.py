@@ -13,7 +13,7 @@ from pathlib import Path
 
 import faulty
 import pytest
-from faulty import chain, drive, graph, node, pids, ran
+from faulty import PATIENCE, chain, drive, gone, graph, node, pids, ran, until
 
 from secateur.bench.driver import run
 from secateur.bench.index import Index, read_index
@@ -22,7 +22,6 @@ from secateur.bench.store import Store
 from secateur.bench.work import Job, Outcome
 from secateur.errors import SecateurError
 
-PATIENCE = 60.0  # seconds until a test gives up waiting
 COUNT = 6
 
 
@@ -47,21 +46,6 @@ def start(tmp_path: Path, log: Path) -> Iterator[Callable[..., subprocess.Popen]
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         process.stderr.close()
-
-
-def until(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
-def gone(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return state in "ZX"
 
 
 def finish(store: Path, log: Path, sleep: float = 0.3) -> None:

@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import chain, drive, ran
+from faulty import chain, drive, ran, until
 
 from secateur.bench.executors import make
 from secateur.bench.store import Store, read_result
@@ -31,9 +30,7 @@ def test_a_node_that_is_lost_costs_one_attempt(tmp_path):
         leaver = next(iter(cluster.worker_nodes))
 
         def leave() -> None:
-            end = time.monotonic() + 60
-            while len(ran(log)) < 2 and time.monotonic() < end:
-                time.sleep(0.05)
+            until(lambda: len(ran(log)) >= 2)
             cluster.remove_node(leaver, allow_graceful=False)
 
         thread = threading.Thread(target=leave)

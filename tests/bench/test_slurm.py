@@ -9,11 +9,12 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from faulty import PATIENCE, gone, until
 
 from secateur.bench.driver import Progress, run
 from secateur.bench.executors import make
@@ -25,7 +26,6 @@ from secateur.bench.store import Store, read_result
 from secateur.bench.work import Job, Outcome
 from secateur.errors import MethodError, SecateurError
 
-PATIENCE = 60.0  # seconds until a test gives up waiting
 PLAN = """
 format = 1
 [data]
@@ -176,21 +176,6 @@ def one(executor: Slurm, job: Job) -> Outcome:
             [outcome] = outcomes
             return outcome
     raise AssertionError("waited in vain")
-
-
-def until(happened: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def gone(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return state in "ZX"
 
 
 def test_a_plan_runs_to_its_end_in_arrays(cluster, slurm, store, plan, nodes):
