@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
-from ..errors import SecateurError
-from .nodes import Node, canonical_json
+from ..errors import DataError, SecateurError
+from .nodes import Node
 from .store import Store, read_config, read_result
 
 SCHEMA = """
@@ -22,8 +23,8 @@ CREATE TABLE IF NOT EXISTS nodes (
     attempt INTEGER NOT NULL DEFAULT 0, seconds REAL, host TEXT, pid INTEGER, heartbeat REAL, message TEXT
 );
 CREATE INDEX IF NOT EXISTS by_kin ON nodes (kin);
-CREATE TABLE IF NOT EXISTS sources (path TEXT PRIMARY KEY, stamp TEXT NOT NULL, digest TEXT NOT NULL);
 """
+VERSION = 1
 STALE = 30.0  # seconds after which a running node without heartbeat counts as not running
 
 
@@ -38,15 +39,6 @@ class Entry:
     heartbeat: float | None
 
 
-def kin(node: Node) -> str:
-    """Return what nodes share that take about as long: all but the seed, the parents and, for victims, the backdoor."""
-    config = {name: value for name, value in node.config.items() if name not in ("seed", "parents")}
-    if node.stage == "victim":
-        config["method"] = ""
-        config["args"] = {name: value for name, value in node.args.items() if name != "settings"}
-    return canonical_json(config)
-
-
 class Index:
     """The index, open for its driver."""
 
@@ -55,7 +47,7 @@ class Index:
 
     @classmethod
     @contextmanager
-    def open(cls, store: Store) -> Iterator[Index]:
+    def open(cls, store: Store, *, anew: bool = False) -> Iterator[Index]:
         """Open the index for writing; a damaged one is replaced (`adopt` and `rebuild` fill it again).
 
         Raises:
@@ -63,13 +55,12 @@ class Index:
         """
         path = store.root / "index.sqlite"
         try:
-            connection = _connect(path)
-        except sqlite3.OperationalError as error:
+            try:
+                connection = _connect(path, anew=anew)
+            except _Unusable:
+                connection = _connect(path, anew=True)
+        except (sqlite3.Error, OSError) as error:
             raise SecateurError(f"cannot write {path} ({error}); free some space, or name another --store") from None
-        except sqlite3.DatabaseError:
-            for part in (path, *path.parent.glob("index.sqlite-*")):
-                part.unlink(missing_ok=True)
-            connection = _connect(path)
         with closing(connection):
             yield cls(connection)
 
@@ -85,7 +76,7 @@ class Index:
         message: str = "",
     ) -> None:
         """Write what is known of a node."""
-        row = (node.key, node.stage, node.method, kin(node), state, attempt, seconds, host, pid, time.time(), message)
+        row = (node.key, node.stage, node.method, node.kin, state, attempt, seconds, host, pid, time.time(), message)
         self._db.execute(f"INSERT OR REPLACE INTO nodes VALUES ({', '.join('?' * len(row))})", row)
 
     def beat(self, keys: Iterable[str]) -> None:
@@ -98,7 +89,8 @@ class Index:
         with self._transaction():
             for node in nodes:
                 if node.key not in known:
-                    self._enter(node, store)
+                    with suppress(DataError):  # whoever needs a damaged result will name it
+                        self._enter(node, store)
 
     def rebuild(self, store: Store) -> int:
         """Write the index anew from the store's files; return how many finished nodes there are."""
@@ -106,7 +98,7 @@ class Index:
         with self._transaction():
             self._db.execute("DELETE FROM nodes")
             for key in store.finished():
-                with suppress(OSError, ValueError, TypeError, KeyError):
+                with suppress(DataError):
                     self._enter(read_config(store.folder(key)), store)
                     count += 1
         return count
@@ -142,16 +134,32 @@ def durations(store: Store) -> dict[tuple[str, str], float]:
     return found
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, *, anew: bool = False) -> sqlite3.Connection:
+    for part in (path, *path.parent.glob("index.sqlite-*")) if anew else ():
+        part.unlink(missing_ok=True)
     connection = sqlite3.connect(path, isolation_level=None, timeout=10)
     try:
+        [version] = connection.execute("PRAGMA user_version").fetchone()
+        if version not in (0, VERSION) or connection.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            raise _Unusable
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.executescript(SCHEMA)
-    except BaseException:
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+        connection.execute("SELECT key, kin FROM nodes LIMIT 1")
+    except sqlite3.OperationalError as error:
         connection.close()
+        if "no such column" in str(error):
+            raise _Unusable from None
         raise
+    except (sqlite3.DatabaseError, _Unusable):
+        connection.close()
+        raise _Unusable from None
     return connection
+
+
+class _Unusable(Exception):
+    """The index is damaged or of another version."""
 
 
 def _select(store: Store, query: str) -> list[tuple]:
@@ -159,7 +167,7 @@ def _select(store: Store, query: str) -> list[tuple]:
     if not path.exists():
         return []
     try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as connection:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=10)) as connection:
             return connection.execute(query).fetchall()
     except sqlite3.DatabaseError:
         return []

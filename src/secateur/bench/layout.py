@@ -10,7 +10,7 @@ from functools import partial
 from ..report.markdown import escape
 from ..report.wording import plain, signed
 from .nodes import COLUMNS
-from .plan import Plan, Reported
+from .plan import Plan
 from .stats import Summary
 from .tables import (
     ATTACK,
@@ -89,16 +89,17 @@ def _headline(rows: Sequence[Row], plan: Plan) -> list[str]:
 def _main(groups: Sequence[Group], plan: Plan) -> Section:
     attacks = attack_labels(plan)
     lines = _lines(groups, attacks, "backdoor")
-    sources = list(dict.fromkeys(row.source for line in lines.values() for group in line.values() for row in group.reported))
+    matched = [row for line in lines.values() for group in line.values() for row in group.reported]
+    sources = list(dict.fromkeys(row.source for row in matched if any(metric in row.values for metric in _shown(plan))))
     columns: list[Column] = []
     for attack in attacks:
-        for metric in [name for name in plan.metrics if name != "triggered_accuracy"] or plan.metrics:
+        for metric in _shown(plan):
             title, published = f"{attack} {NAMES[metric]}", partial(_published, metric=metric, sources=sources)
             columns.append((title, attack, partial(_level, metric=metric)))
             if any(published(line[attack]) for line in lines.values() if attack in line):
                 columns.append((f"{title}, reported", attack, published))
     below = [f"[{i}] reported by: {source}" for i, source in enumerate(sources, 1)]
-    below += _unmatched(groups, plan.reported)
+    below += _unmatched(lines, plan)
     return _grid("Repairs", lines, columns, [_legend(plan)], below)
 
 
@@ -285,12 +286,20 @@ def _published(group: Group, metric: str, sources: Sequence[str]) -> str:
     return ", ".join(f"{_pc(row.values[metric])} [{sources.index(row.source) + 1}]" for row in rows)
 
 
-def _unmatched(groups: Iterable[Group], reported: Iterable[Reported]) -> Iterator[str]:
-    matched = {id(row) for group in groups for row in group.reported}
-    for row in reported:
-        if id(row) not in matched:
-            where = ", ".join(f"{column} {value}" for column, value in row.where.items())
-            yield f"not in this table, reported by: {row.source} for {where}"
+def _shown(plan: Plan) -> Sequence[str]:
+    """Return the metrics of the main table; triggered accuracy would make it too wide."""
+    return [name for name in plan.metrics if name != "triggered_accuracy"] or plan.metrics
+
+
+def _unmatched(lines: Lines, plan: Plan) -> Iterator[str]:
+    """Yield every reported number that the main table has no place for."""
+    matched = {id(row) for line in lines.values() for group in line.values() for row in group.reported}
+    for row in plan.reported:
+        left = [name for name in row.values if id(row) not in matched or name not in _shown(plan)]
+        if left:
+            where = ", ".join(f"{column} {value}" for column, value in row.where.items()) or "everything"
+            numbers = ", ".join(f"{NAMES[name]} {_pc(row.values[name])}" for name in left)
+            yield f"not in this table, reported by: {row.source} for {where}: {numbers}"
 
 
 def _many(number: int, what: str) -> str:

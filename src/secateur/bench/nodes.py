@@ -75,6 +75,15 @@ class Node:
         """The sha256 of the configuration's canonical JSON."""
         return hashlib.sha256(canonical_json(self.config).encode()).hexdigest()
 
+    @cached_property
+    def kin(self) -> str:
+        """What nodes share that take about as long: all but the seed, the parents and, for victims, the backdoor."""
+        config = {name: value for name, value in self.config.items() if name not in ("seed", "parents")}
+        if self.stage == "victim":
+            config["method"] = ""
+            config["args"] = {name: value for name, value in self.args.items() if name != "settings"}
+        return canonical_json(config)
+
     @property
     def label(self) -> str:
         """What a person calls it."""
@@ -193,10 +202,11 @@ class _Expansion:
         parents: Mapping[str, str] | None = None,
         dtype: str = "float32",
     ) -> str:
+        uses = {"uses": choice.uses} if choice and choice.uses else {}
         node = Node(
             stage=stage,
             method=choice.name if choice else "",
-            args=args or {},
+            args={**(args or {}), **uses},
             seed=seed,
             parents=parents or {},
             threads=self.plan.threads,

@@ -6,15 +6,18 @@ Nothing here imports torch, so that ``bench status`` and ``bench report`` answer
 from __future__ import annotations
 
 import itertools
+import math
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..architectures import resolve
 from ..errors import DataError, MethodError, SecateurError, unknown
 from ..methods import Kind, get, parameters, settings
+from ..methods import table as table_of
 from ..recipe import Recipe, read_recipe
 
 FORMAT = 1
@@ -39,12 +42,14 @@ class Choice:
         label: What the tables call it.
         settings: Every setting with its value.
         version: Version of the method; 0 for architectures and ``none``.
+        uses: Scores that the settings name, and their versions where those are above 1.
     """
 
     name: str
     label: str
     settings: Mapping[str, Any]
     version: int = 0
+    uses: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,8 @@ class Plan:
         """Return the plan with the images at ``path`` instead (``PATH:train`` and ``PATH:test``)."""
         if path is None:
             return self
-        return replace(self, data=replace(self.data, train=f"{path}:train", test=f"{path}:test"))
+        where = path if path == EMBEDDED else str(Path(path).absolute())
+        return replace(self, data=replace(self.data, train=f"{where}:train", test=f"{where}:test"))
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -130,7 +136,7 @@ def read_plan(path: str | Path) -> Plan:
 def _plan(raw: Mapping[str, Any], path: Path) -> Plan:
     _known("key", raw, KEYS)
     form = raw.get("format")
-    if form != FORMAT:
+    if form != FORMAT or form is True:
         raise MethodError(f"format must be {FORMAT}, got {form!r}" + ("; update secateur" if _is_newer(form) else ""))
     recipe = read_recipe(_table(raw, "train"))
     return Plan(
@@ -165,8 +171,8 @@ def _data(table: Mapping[str, Any], home: Path) -> DataPlan:
         train, test = f"{train}:train", f"{test}:test"
     clean = table.get("clean", 0.05)
     shares = tuple(float(_typed("clean", share, (int, float))) for share in (clean if isinstance(clean, list) else [clean]))
-    if not shares or not all(0 < share < 1 for share in shares):
-        raise MethodError(f"clean must be shares in (0, 1), got {clean!r}")
+    if not shares or not all(0 < share < 1 for share in shares) or len(set(shares)) < len(shares):
+        raise MethodError(f"clean must be different shares in (0, 1), got {clean!r}")
     limits = {
         key: _at_least_1(f"{key} of [data]", table[key]) if key in table else None for key in ("train_limit", "test_limit")
     }
@@ -176,7 +182,7 @@ def _data(table: Mapping[str, Any], home: Path) -> DataPlan:
 def _place(value: Any, home: Path) -> str:
     """Return a path of the plan, relative ones taken from the plan's own folder."""
     text = _typed("path of [data]", value, str)
-    return text if text.startswith(EMBEDDED) else str(home / text)
+    return text if text.partition(":")[0] == EMBEDDED else str((home / text).absolute())
 
 
 def _models(table: Mapping[str, Any]) -> Iterable[Choice]:
@@ -191,7 +197,7 @@ def _models(table: Mapping[str, Any]) -> Iterable[Choice]:
 
 
 def _choices(raw: Mapping[str, Any], axis: str, *, optional: bool = False) -> tuple[Choice, ...]:
-    if optional and axis not in raw:
+    if optional and raw.get(axis, []) == []:
         return (Choice(NONE, NONE, {}),) if axis == "compress" else ()
     return _unique(axis, itertools.chain.from_iterable(_methods(axis, table) for table in _tables(raw, axis)))
 
@@ -202,14 +208,20 @@ def _methods(axis: str, table: Mapping[str, Any]) -> Iterable[Choice]:
         if axis == "repair":
             raise MethodError("[[repair]] 'none' is always part of the table; leave it out")
         _known(f"key of [[{axis}]] none", table, ("name", "label"))
-        yield Choice(NONE, table.get("label", NONE), {})
+        yield Choice(NONE, _typed("label", table.get("label", NONE), str), {})
         return
     method = get(AXES_KINDS[axis], name)
     annotations = {parameter.name: parameter.annotation for parameter in parameters(method)}
     sequences = {key for key, text in annotations.items() if _is_sequence(text)}
     for given, varied in _points(table, sequences):
         full = {key: _number(value, annotations.get(key, "")) for key, value in settings(method, given).items()}
-        yield Choice(name, _label(table, name, given, varied), full, method.version)
+        yield Choice(name, _label(table, name, given, varied), full, method.version, _uses(full))
+
+
+def _uses(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Return the versions of scores that settings name: a repair's result depends on them too."""
+    versions = {row.name: row.version for row in table_of("score") if row.version > 1}
+    return {value: versions[value] for value in settings.values() if isinstance(value, str) and value in versions}
 
 
 def _points(table: Mapping[str, Any], sequences: Iterable[str]) -> Iterable[tuple[dict[str, Any], list[str]]]:
@@ -218,6 +230,8 @@ def _points(table: Mapping[str, Any], sequences: Iterable[str]) -> Iterable[tupl
     A setting that is always a sequence needs a list of lists to be an axis.
     """
     given = {key.replace("-", "_"): value for key, value in table.items() if key not in ("name", "label")}
+    for key, value in given.items():
+        _check_plain(key, value)
     axes = {
         key: value
         for key, value in given.items()
@@ -237,6 +251,15 @@ def _is_sequence(annotation: str) -> bool:
     return any(kind.startswith(("Sequence", "tuple", "list")) for kind in kinds) and not {"str", "int", "float"} & set(kinds)
 
 
+def _check_plain(key: str, value: Any) -> None:
+    """Raise `MethodError` for what a key cannot hold: dates, tables, and numbers that are not finite."""
+    if isinstance(value, list):
+        for item in value:
+            _check_plain(key, item)
+    elif not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+        raise MethodError(f"{key} must be text, true, false or a finite number, got {value}")
+
+
 def _label(table: Mapping[str, Any], name: str, given: Mapping[str, Any], varied: Iterable[str]) -> str:
     """Return the given label followed by what varies, or the name followed by what was set."""
     label = table.get("label")
@@ -254,10 +277,10 @@ def _short(value: Any) -> str:
 def _unique(axis: str, choices: Iterable[Choice]) -> tuple[Choice, ...]:
     found = tuple(choices)
     labels = [choice.label for choice in found]
-    if axis == "repair" and NONE in labels:
-        raise MethodError("a [[repair]] cannot be called 'none': that is the row without repair; give it another label")
-    for label in labels:
-        if labels.count(label) > 1:
+    if any(choice.label == NONE != choice.name for choice in found):
+        raise MethodError(f"a [[{axis}]] cannot be called 'none': that stands for the row without one; give it another label")
+    for label, count in Counter(labels).items():
+        if count > 1:
             raise MethodError(f"two [[{axis}]] are called '{label}'; give them labels of their own")
     return found
 
@@ -340,11 +363,14 @@ def _number(value: Any, annotation: str) -> Any:
 
 def _seeds(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
     value = raw.get(key, [0])
-    if not isinstance(value, list) or not value or len(set(map(str, value))) < len(value):
-        raise MethodError(f"{key} must be a list of different seeds, got {value!r}")
+    if not isinstance(value, list) or not value:
+        raise MethodError(f"{key} must be a list of at least one seed, got {value!r}")
     for seed in value:
         if type(seed) is not int or not 0 <= seed < 2**31:
             raise MethodError(f"{key} must be whole numbers in [0, 2147483647], got {seed!r}")
+    for seed, count in Counter(value).items():
+        if count > 1:
+            raise MethodError(f"{key} must be different seeds, got {seed} {count} times")
     return tuple(value)
 
 
@@ -357,7 +383,7 @@ def _at_least_1(what: str, value: Any) -> int:
 def _seconds(value: Any) -> float | None:
     if value is None:
         return None
-    if _typed("timeout", value, (int, float)) <= 0:
+    if not 0 < _typed("timeout", value, (int, float)) < math.inf:
         raise MethodError(f"timeout must be more than 0 seconds, got {value!r}")
     return float(value)
 
@@ -379,5 +405,5 @@ def _is_newer(value: Any) -> bool:
 
 def recipe_settings(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as plain JSON values."""
-    values = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    values = {each.name: getattr(recipe, each.name) for each in fields(recipe)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from .index import STALE, durations, kin, read_index
+from .index import STALE, durations, read_index
 from .nodes import STAGES, Graph, Node
 from .store import Store
 
@@ -72,13 +72,13 @@ class Estimate:
 
     def observe(self, node: Node, seconds: float) -> None:
         """Take a node into account that has just finished."""
-        name = kin(node)
+        name = node.kin
         count, mean = self.own.get(name, (0, 0.0))
         self.own[name] = count + 1, mean + (seconds - mean) / (count + 1)
 
     def seconds(self, node: Node) -> float | None:
         """Return how long a node may take; None when nothing like it has finished yet."""
-        name = kin(node)
+        name = node.kin
         if name in self.own:
             return self.own[name][1]
         for place in (("kin", name), ("method", f"{node.stage} {node.method}"), ("stage", node.stage)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -40,9 +41,9 @@ def _of(where: Path | None) -> str:
     if not where.is_dir():
         return _of_file(where)
     digests = hashlib.sha256()
-    for path in sorted(where.rglob("*")):
-        if path.is_file():
-            digests.update(f"{path.relative_to(where).as_posix()} {_of_file(path)}\n".encode())
+    names = (Path(folder, name) for folder, _, found in os.walk(where, followlinks=True) for name in found)
+    for path in sorted(names):
+        digests.update(f"{path.relative_to(where).as_posix()} {_of_file(path)}\n".encode("utf-8", "surrogateescape"))
     return digests.hexdigest()
 
 

@@ -15,7 +15,7 @@ import torch
 
 from .. import runs
 from ..data import load_data, load_trigger, save_npz, save_trigger, split_clean, stratified
-from ..errors import DataError, InconclusiveError
+from ..errors import DataError, InconclusiveError, ModelError
 from ..measure import cost, evaluate
 from ..methods import Kind, get
 from ..models import Classifier, load_bundle, save
@@ -25,6 +25,8 @@ from ..train import train
 from ..types import ChannelMask, ImageSet, Poisoning, WeightMask
 from .nodes import Node
 from .plan import NONE
+
+MOST_SHARED = 0.01  # share of the test images that may be seen before: real data sets have a few duplicates
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,12 @@ def data(work: Work) -> dict[str, Any]:
     """Share the images out: clean ones for the defender, the rest for the victim, test images for measuring."""
     clean, rest = _split(work.source["train"], work.node.args, work.generator)
     test = load_data(work.source["test"], limit=work.node.args["test_limit"])
+    shared = _shared(test, clean, rest)
     save_npz(clean, work.folder / "clean.npz")
     save_npz(test, work.folder / "test.npz")
     parts = {"clean": clean, "train": rest, "test": test}
-    return {name: {"n": len(part), "per_class": list(part.per_class()), "sha256": part.sha256} for name, part in parts.items()}
+    facts = {name: {"n": len(part), "per_class": list(part.per_class()), "sha256": part.sha256} for name, part in parts.items()}
+    return {**facts, "test_images_seen_before": shared}
 
 
 def victim(work: Work) -> dict[str, Any]:
@@ -76,7 +80,14 @@ def victim(work: Work) -> dict[str, Any]:
         images, poisoned = poisoning.data, int(poisoning.poisoned.sum())
     network = runs.new_network(images, args["model"], kwargs=args["kwargs"], generator=random).to(work.node.device)
     recipe = read_recipe(args["recipe"])
-    model = train(network, images, recipe, generator=random, checkpoint=work.checkpoint)
+    state = random.get_state()
+    try:
+        model = train(network, images, recipe, generator=random, checkpoint=work.checkpoint)
+    except ModelError as error:
+        if "cannot resume" not in str(error):
+            raise
+        work.checkpoint.unlink()  # damaged when a machine went down: nothing but time is lost
+        model = train(network, images, recipe, generator=random.set_state(state), checkpoint=work.checkpoint)
     assert isinstance(model, Classifier)
     save(model.cpu(), work.folder / "model")
     return {"images": len(images), "poisoned": poisoned}
@@ -112,6 +123,15 @@ def _defend(work: Work, kind: Kind) -> dict[str, Any]:
     step = {"method": method.name, "version": method.version, "args": dict(args["settings"])}
     save(done.model.cpu(), work.folder / "model", masks=mask, steps=[step])
     return {"clean": len(clean), "log": dict(done.log), "notes": list(done.notes)}
+
+
+def _shared(test: ImageSet, *seen: ImageSet) -> int:
+    """Return how many test images are also among the others; `DataError` when they are more than chance leaves there."""
+    known = {hashlib.sha256(image.numpy().tobytes()).digest() for part in seen for image in part.x}
+    shared = sum(hashlib.sha256(image.numpy().tobytes()).digest() in known for image in test.x)
+    if shared > MOST_SHARED * len(test):
+        raise DataError(f"{shared} of {len(test)} test images are also training or clean images; give others in [data]")
+    return shared
 
 
 def _split(path: str, args: Mapping[str, Any], random: torch.Generator) -> tuple[ImageSet, ImageSet]:

@@ -1,6 +1,7 @@
 """The store: one folder per finished node, written whole or not at all. The files are the truth; the index is not.
 
-store/{lock, index.sqlite, tmp/, queue/, failed/, nodes/<k[:2]>/<k>/{config.json, result.json, model/, trigger/}}
+store/{store.json, lock, index.sqlite, tmp/, queue/, failed/, checkpoints/}
+store/nodes/<k[:2]>/<k>/{config.json, result.json, model/, trigger/}
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from ..errors import SecateurError
+from ..errors import DataError, SecateurError
 from .nodes import Node, canonical_json, from_config
 
-CONFIG, RESULT, OWNER = "config.json", "result.json", "owner.json"
+CONFIG, RESULT, OWNER, MARK = "config.json", "result.json", "owner.json", "store.json"
+FORMAT = 1
 CHECKPOINTS = "checkpoints"
+LOCK_TRIES = 10
 A_WEEK = 7 * 86400.0
 
 
@@ -35,16 +38,39 @@ class Store:
         self.checkpoints = self.root / CHECKPOINTS
 
     def make(self) -> None:
-        """Make the folder.
+        """Make the folder, unless it is a store already.
 
         Raises:
-            SecateurError: It cannot be made or written to.
+            SecateurError: It cannot be made or written to, holds other things, or is of a newer version.
         """
         try:
+            self._mark()
             for folder in (self.root / "nodes", self.root / "failed", self.tmp, self.queue, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SecateurError(f"cannot write the store {self.root}: {error.strerror}; name another with --store") from None
+
+    def _mark(self) -> None:
+        mark = self.root / MARK
+        if not mark.exists():
+            if self.root.is_dir() and any(self.root.iterdir()):
+                raise SecateurError(f"{self.root} is no store and not empty; name a new or empty folder with --store")
+            self.root.mkdir(parents=True, exist_ok=True)
+            mark.write_text(canonical_json({"format": FORMAT}) + "\n", "utf-8")
+        self.check()
+
+    def check(self) -> None:
+        """Make sure that this is a store which this version can read.
+
+        Raises:
+            DataError: It is not.
+        """
+        try:
+            form = json.loads((self.root / MARK).read_text("utf-8"))["format"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DataError(f"there is no store at {self.root}; run the plan first, or name another with --store") from None
+        if form != FORMAT:
+            raise DataError(f"the store {self.root} has format {form}, and this version reads {FORMAT}; update secateur")
 
     def folder(self, key: str) -> Path:
         """Return where a node's results are, or will be."""
@@ -75,13 +101,15 @@ class Store:
             _sync(path)
         home = self.folder(node.key)
         home.parent.mkdir(parents=True, exist_ok=True)
+        _sync(home.parent.parent)
         try:
             folder.rename(home)
         except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
-            if not self.done(node.key):
-                raise
-            return False
+            if self.done(node.key):
+                shutil.rmtree(folder, ignore_errors=True)
+                return False
+            self._discard(home)  # half a node, which only a hand or a broken disk can have left
+            folder.rename(home)
         _sync(home.parent)
         self.forget_failure(node.key)
         return True
@@ -101,9 +129,13 @@ class Store:
         """Return key -> failure of every node that failed and was not done since."""
         found = {}
         for path in sorted((self.root / "failed").glob("*.json")):
-            with suppress(OSError, ValueError):
-                if not self.done(path.stem):
-                    found[path.stem] = json.loads(path.read_text("utf-8"))
+            if self.done(path.stem):
+                continue
+            try:
+                record = json.loads(path.read_text("utf-8"))
+            except (OSError, ValueError):
+                record = None
+            found[path.stem] = record if isinstance(record, dict) else {"message": f"unreadable record {path}"}
         return found
 
     def sweep(self) -> None:
@@ -114,10 +146,13 @@ class Store:
         for path in self.tmp.iterdir():
             if path.is_dir() and not path.name.startswith("swept") and _alive(path / OWNER):
                 continue
-            doomed = self.tmp / f"swept-{secrets.token_hex(8)}"
-            with suppress(FileNotFoundError):
-                path.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True) if doomed.is_dir() else doomed.unlink()
+            self._discard(path)
+
+    def _discard(self, path: Path) -> None:
+        doomed = self.tmp / f"swept-{secrets.token_hex(8)}"
+        with suppress(FileNotFoundError):
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True) if doomed.is_dir() else doomed.unlink()
 
     @contextmanager
     def driving(self) -> Iterator[None]:
@@ -128,8 +163,8 @@ class Store:
         """
         with (self.root / "lock").open("a+", encoding="utf-8") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                _lock(file)
+            except BlockingIOError:
                 file.seek(0)
                 owner = file.read().strip() or "another process"
                 raise SecateurError(f"the store {self.root} is in use by {owner}; wait, or use another --store") from None
@@ -142,28 +177,79 @@ class Store:
     def driven(self) -> bool:
         """Whether a driver holds the store now."""
         try:
-            with (self.root / "lock").open("a", encoding="utf-8") as file:
+            with (self.root / "lock").open("r", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:
+            return False
         return False
 
 
+def find_result(folder: str | Path) -> dict[str, Any] | None:
+    """Return the result in a node's folder; None when there is none.
+
+    Raises:
+        DataError: It is damaged.
+    """
+    path = f"{folder}/{RESULT}"
+    try:
+        with open(path, "rb") as file:
+            result = json.loads(file.read())
+        if _is_result(result):
+            return result
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise DataError(f"the result {path} is damaged; delete its folder and run the plan again")
+
+
 def read_result(folder: Path) -> dict[str, Any]:
-    """Return the result in a finished node's folder."""
-    return json.loads((folder / RESULT).read_text("utf-8"))
+    """Return the result in a finished node's folder.
+
+    Raises:
+        DataError: There is none, or it is damaged.
+    """
+    result = find_result(folder)
+    if result is None:
+        raise DataError(f"there is no result in {folder}; run the plan again")
+    return result
+
+
+def _is_result(result: dict[str, Any]) -> bool:
+    texts = result["created"], result["environment"]["host"], result["tool"]["version"]
+    numbers = result["attempt"], result["batch_scale"], result["cost"]["seconds"]
+    values = result["values"]
+    tables = values, *(values.get(name, {}) for name in ("rates", "cost", "log"))
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, int | float) for number in numbers)
+        and all(isinstance(table, dict) for table in tables)
+    )
 
 
 def read_config(folder: Path) -> Node:
-    """Return the node whose folder this is."""
-    return from_config(json.loads((folder / CONFIG).read_text("utf-8")))
+    """Return the node whose folder this is.
+
+    Raises:
+        DataError: Its configuration is damaged.
+    """
+    try:
+        return from_config(json.loads((folder / CONFIG).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        raise DataError(f"the node {folder / CONFIG} is damaged; delete its folder and run the plan again") from None
 
 
-def missing(store: Store, keys: Iterable[str]) -> list[str]:
-    """Return those keys that have no result."""
-    return [key for key in keys if not store.done(key)]
+def _lock(file: IO[str]) -> None:
+    """Take the driver's lock; one who only looks may hold it for a moment."""
+    for left in range(LOCK_TRIES, -1, -1):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not left:
+                raise
+            time.sleep(0.1)
 
 
 def _sync(path: Path) -> None:

@@ -19,7 +19,7 @@ from ..report.wording import plain
 from . import stats
 from .nodes import COLUMNS, Cell, Graph
 from .plan import NONE, Plan, Reported
-from .store import RESULT, Store
+from .store import Store, find_result
 
 State = Literal["done", "failed", "skipped", "todo"]
 FORMATS = ("text", "csv", "json", "md")
@@ -339,7 +339,7 @@ class _Reader:
         return Row(
             cell,
             "done",
-            rates={name: rate for name, rate in end["values"]["rates"].items() if rate is not None},
+            rates={name: rate for name, rate in end["values"].get("rates", {}).items() if rate is not None},
             parameters=size.get("parameters"),
             nonzero=size.get("nonzero"),
             macs=size.get("macs"),
@@ -355,14 +355,7 @@ class _Reader:
         return self._kept[key]
 
     def _read(self, key: str) -> dict[str, Any] | None:
-        path = f"{self._nodes}/{key[:2]}/{key}/{RESULT}"
-        try:
-            with open(path, "rb") as file:
-                return json.loads(file.read())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {path} ({error}); delete its folder and run the plan again") from None
+        return find_result(f"{self._nodes}/{key[:2]}/{key}")
 
 
 def _unfinished(cell: Cell, graph: Graph, failures: Mapping[str, Mapping[str, Any]]) -> Row:

@@ -101,7 +101,7 @@ def run_job(job: Job) -> Outcome:
         folder = store.begin(key)
         values = _values(job, store, folder)
         store.commit(folder, job.node, _result(job, values, time.perf_counter() - start))
-        (store.checkpoints / key).unlink(missing_ok=True)
+        _checkpoint(job, store).unlink(missing_ok=True)
     except Exception as error:  # noqa: BLE001 -- a stage may raise anything
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -117,9 +117,14 @@ def _values(job: Job, store: Store, folder: Path) -> dict[str, Any]:
     module, _, name = job.target.partition(":")
     stage = getattr(importlib.import_module(module), name)
     parents = {role: store.folder(key) for role, key in job.node.parents.items()}
-    work = Work(job.node, folder, parents, job.source, store.checkpoints / job.node.key)
+    work = Work(job.node, folder, parents, job.source, _checkpoint(job, store))
     with _limited(job.memory), state.threads(job.node.threads), state.smaller_batches(job.batch_scale):
         return stage(work)
+
+
+def _checkpoint(job: Job, store: Store) -> Path:
+    """Return where training may resume: another file for another batch size, since the weights would not be the same."""
+    return store.checkpoints / (job.node.key if job.batch_scale == 1 else f"{job.node.key}-{job.batch_scale:g}")
 
 
 def _result(job: Job, values: Mapping[str, Any], seconds: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from ..errors import DataError, InconclusiveError, MethodError
+from ..errors import DataError, InconclusiveError, MethodError, check_choice
 from .console import human, out, say
 from .options import Flag, Output
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 STORE = Path("secateur-store")
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LOOKS = 0.5  # on a terminal
 FORMATS = ("text", "csv", "json", "md", "parquet", "provenance")
 SHOWN = 10  # failures listed before "and N more"
 Format = Literal["text", "csv", "json", "md", "parquet", "provenance"]
@@ -65,8 +66,11 @@ def run(
     options = _options(executor, {"workers": workers, "gpus": gpus, "address": address, "options": slurm})
     if dry_run:
         return _dry_run(read, graph, where, workers)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's notice ends a run as Ctrl-C does
+    where.make()
+    with where.driving():  # before an executor is started in vain
+        pass
     runner = make(executor, threads=read.threads, **options)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's notice ends a run as Ctrl-C does
     show = _Progress(graph, where, show=not (quiet or no_progress))
     try:
         with show:
@@ -77,7 +81,10 @@ def run(
     if not quiet:
         say(_ending(end, where))
     if end.failed:
-        raise InconclusiveError(_failures({key: o.message for key, o in end.failed.items()}, graph, end.skipped))
+        first = next(iter(end.failed.values()))
+        raise InconclusiveError(
+            f"{_failed(len(end.failed), end.skipped)}, the first with {first.message}; see secateur bench status {plan}"
+        )
     return 0
 
 
@@ -93,6 +100,7 @@ def status(plan: Path, /, *, store: Path = STORE, data: str | None = None, json:
     from ..bench import progress
 
     read, graph, where = _open(plan, store, data)
+    where.check()
     found = progress.status(graph, where)
     counts = {state: found.count(state) for state in progress.STATES}
     if json:
@@ -134,6 +142,7 @@ def report(
     if chosen == "parquet" and output is None:
         raise MethodError("parquet is not for the terminal; name a file with --output")
     read, graph, where = _open(plan, store, data)
+    where.check()
     if chosen == "parquet":
         assert output is not None
         tables.to_parquet(output, read, graph, where, with_cost=with_cost)
@@ -162,11 +171,9 @@ def reindex(plan: Path | None = None, /, *, store: Path = STORE) -> int:
     from ..bench.index import Index
     from ..bench.store import Store
 
-    if not store.is_dir():
-        raise DataError(f"there is no store at {store}; name one with --store")
     where = Store(store)
-    where.make()
-    with where.driving(), Index.open(where) as index:
+    where.check()
+    with where.driving(), Index.open(where, anew=True) as index:
         count = index.rebuild(where)
     out(f"{count} finished nodes in {store}")
     return status(plan, store=store) if plan is not None else 0
@@ -184,9 +191,12 @@ def _open(plan: Path, store: Path, data: str | None) -> tuple[Plan, Graph, Store
 
 def _options(executor: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return the options that were given, if the executor takes them."""
+    from ..bench.executors import EXECUTORS
+
     chosen = {name: value for name, value in given.items() if value is not None}
     if chosen.get("workers", 1) < 1:
         raise MethodError(f"--workers must be at least 1, got {chosen['workers']}")
+    check_choice("executor", executor, EXECUTORS)
     for name, flag, owner in (("address", "--address", "ray"), ("options", "--slurm", "slurm")):
         if name in chosen and executor != owner:
             raise MethodError(f"{flag} is for --executor {owner}, got {executor}")
@@ -223,12 +233,17 @@ def _ending(end: Progress, store: Store) -> str:
 
 
 def _failures(messages: dict[str, str] | Any, graph: Graph, skipped: int) -> str:
-    lines = [f"{len(messages)} nodes failed" + (f" and {skipped} wait for them" if skipped else "") + ":"]
+    lines = [f"{_failed(len(messages), skipped)}:"]
     for key, message in list(messages.items())[:SHOWN]:
         lines.append(f"  {graph.nodes[key].label} ({key[:12]}): {message}")
     if len(messages) > SHOWN:
         lines.append(f"  and {len(messages) - SHOWN} more (secateur bench status)")
     return "\n".join(lines)
+
+
+def _failed(count: int, skipped: int) -> str:
+    waiting = f" and {skipped} could not be run for want of them" if skipped else ""
+    return f"{count} node{'s' if count > 1 else ''} failed{waiting}"
 
 
 def _format_of(output: Path | None) -> str:
@@ -270,9 +285,10 @@ class _Progress:
             say(f"failed: {node.label}: {progress.failed[node.key].message}")
         if not self.show or (event == "start" and self.live is None):
             return
-        if self.live is not None:
+        if self.live is not None and time.monotonic() - self.last >= SECONDS_BETWEEN_LOOKS:
+            self.last = time.monotonic()
             self.live.update(self._line(progress), refresh=True)
-        elif time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
+        elif self.live is None and time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
             self.last = time.monotonic()
             say(self._line(progress))
 

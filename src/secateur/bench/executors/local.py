@@ -30,6 +30,7 @@ class _Worker:
     answer: Connection
     started: float
     gpu: str | None
+    kills: int  # of the kernel for want of memory, before it started
 
     @property
     def deadline(self) -> float:
@@ -48,7 +49,8 @@ class Local:
     def __init__(self, *, workers: int | None = None, threads: int = 1, gpus: int | None = None) -> None:
         cores = len(os.sched_getaffinity(0))
         self._slots = workers if workers is not None else max(1, cores // threads)
-        self._all_gpus = _gpus_here() if gpus is None else [str(i) for i in range(gpus)]
+        here = _gpus_here()
+        self._all_gpus = here if gpus is None else here[:gpus] or [str(i) for i in range(gpus)]
         self._gpus = list(self._all_gpus)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOAD))
@@ -71,7 +73,7 @@ class Local:
         process = self._context.Process(target=_serve, args=(job, sender, gpu), daemon=True)
         process.start()
         sender.close()
-        self._workers.append(_Worker(job, process, answer, time.monotonic(), gpu))
+        self._workers.append(_Worker(job, process, answer, time.monotonic(), gpu, _memory_kills()))
 
     def poll(self, seconds: float) -> Sequence[Outcome]:
         """Wait until a worker answers, dies or runs out of time."""
@@ -101,7 +103,8 @@ class Local:
                 why = (
                     f"its process was killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with {code}"
                 )
-                return Outcome(worker.job.node.key, "lost", why, seconds=elapsed)
+                status = "memory" if code == -signal.SIGKILL and _memory_kills() > worker.kills else "lost"
+                return Outcome(worker.job.node.key, status, why, seconds=elapsed)
         if time.monotonic() >= worker.deadline:
             return Outcome(
                 worker.job.node.key, "timeout", f"it took longer than {worker.job.timeout:g} s and was killed", seconds=elapsed
@@ -116,6 +119,15 @@ class Local:
         self._workers.remove(worker)
         if worker.gpu is not None:
             self._gpus.append(worker.gpu)
+
+
+def _memory_kills() -> int:
+    """Return how often the kernel has killed a process of this machine because memory ran out (Linux)."""
+    try:
+        lines = Path("/proc/vmstat").read_text("utf-8").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
 def _gpus_here() -> list[str]:

@@ -94,8 +94,13 @@ class Ray:
             raise SecateurError(f"cannot reach a Ray cluster at {place}: {_first_line(error)}; check --address") from None
 
     def room(self, node: Node) -> bool:
-        """Return whether the cluster has CPUs for one more job; Ray itself shares out the GPUs."""
-        del node
+        """Return whether the cluster has CPUs for one more job; Ray itself shares out the GPUs.
+
+        Raises:
+            MethodError: The node wants a GPU and the cluster has none.
+        """
+        if node.device == "cuda" and not self._ray.cluster_resources().get("GPU"):
+            raise MethodError('the plan wants a GPU and the Ray cluster has none; write device = "cpu", or give it GPUs')
         if time.monotonic() - self._looked >= REFRESH:
             self._looked = time.monotonic()
             slots = int(self._ray.cluster_resources().get("CPU", 0)) // self._threads
