@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import csv
-import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from secateur import methods
+from secateur.bench.stats import summary
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "results" / "norm-pruning" / "cells.csv"
@@ -53,9 +54,11 @@ def results_table() -> str:
     for repair in SHOWN:
         cells = ["no repair" if repair == "none" else repair]
         for attack in attacks:
-            mine = [row for row in rows if (row["backdoor"], row["repair"], row["state"]) == (attack, repair, "done")]
-            rates = [100 * float(row["attack_success"]) for row in mine]
-            cells += [_spread([100 * float(row["accuracy"]) for row in mine]), f"{_spread(rates)} ({max(rates):.1f})"]
+            mine = [row for row in rows if (row["backdoor"], row["repair"]) == (attack, repair)]
+            if not mine or any(row["state"] != "done" for row in mine):
+                raise SystemExit(f"{CELLS}: '{repair}' against {attack} is not done; run the plan to its end first")
+            rates = [float(row["attack_success"]) for row in mine]
+            cells += [_spread(float(row["accuracy"]) for row in mine), f"{_spread(rates)} ({100 * max(rates):.1f})"]
         lines.append("| " + " | ".join(cells) + " |")
     victims = len({row["victim_seed"] for row in rows})
     n = f"accuracy on {rows[0]['accuracy_n']}, ASR on {rows[0]['attack_success_n']} test images per victim"
@@ -63,9 +66,9 @@ def results_table() -> str:
     return "\n".join(lines)
 
 
-def _spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+def _spread(rates: Iterable[float]) -> str:
+    found = summary(list(rates))
+    return f"{100 * found.mean:.1f}" + (f" ± {100 * found.sd:.1f}" if found.sd is not None else "")
 
 
 def readme() -> str:

@@ -149,10 +149,13 @@ def test_reindex(home, capsys):
         (["run", "{plan}", "--address", "x:1"], "--address is for --executor ray, got local"),
         (
             ["run", "{plan}", "--data", "no.npz"],
-            "cannot read the images at no.npz:train: No such file or directory",
+            "no.npz:train: No such file or directory; check [data] or --data",
         ),
         (["report", "{plan}", "--format", "parquet"], "parquet is not for the terminal; name a file with --output"),
-        (["report", "{plan}", "--output", "no/such/folder.csv"], "cannot write no/such/folder.csv: No such file or directory"),
+        (
+            ["report", "{plan}", "--store", "{home}/store", "--output", "no/such/folder.csv"],
+            "cannot write no/such/folder.csv: No such file or directory",
+        ),
         (["reindex", "--store", "no-store"], "no-store; run the plan first, or name another with --store"),
         (["status", "{plan}", "--store", "no-store"], "no-store; run the plan first, or name another with --store"),
         (["report", "{plan}", "--store", "no-store"], "no-store; run the plan first, or name another with --store"),

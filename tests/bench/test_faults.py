@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import faulty
@@ -18,7 +20,8 @@ from faulty import PATIENCE, chain, drive, gone, graph, node, pids, ran, until
 from secateur.bench.driver import run
 from secateur.bench.index import Index, read_index
 from secateur.bench.nodes import Node
-from secateur.bench.store import Store
+from secateur.bench.progress import status
+from secateur.bench.store import Store, read_result
 from secateur.bench.work import Job, Outcome
 from secateur.errors import SecateurError
 
@@ -161,7 +164,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(small_disk, log, executor):
     store = small_disk / "store"
     small = [node(log, f"small{i}") for i in range(3)]
     big = [node(log, f"big{i}", do="fill", megabytes=3, parents=[small[i]]) for i in range(3)]
-    after = node(log, "after", parents=[big[2]])
+    after = node(log, "after", parents=big)
     with pytest.raises(SecateurError, match=r"cannot write the store .*No space left.*free some space and run again: \d of 7"):
         drive(store, graph(*small, *big, after), executor)
     kept = sorted(Store(store).finished())
@@ -220,3 +223,74 @@ def test_an_executor_without_room_is_given_up(tmp_path, log, monkeypatch):
     monkeypatch.setattr("secateur.bench.driver.STALL", 1)
     with pytest.raises(SecateurError, match="the executor had no room for a node of 1 threads for 1 s"):
         drive(tmp_path / "store", chain(log, 1), workers=0)
+
+
+def test_a_folder_that_is_no_store_is_left_alone(tmp_path, log):
+    precious = tmp_path / "project" / "tmp" / "thesis.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years of work")
+    with pytest.raises(SecateurError, match=r"project is no store and not empty; name a new or empty folder with --store"):
+        drive(tmp_path / "project", chain(log, 1))
+    assert precious.read_text() == "years of work"
+    assert [path.name for path in (tmp_path / "project").iterdir()] == ["tmp"]
+
+
+def test_a_store_of_a_newer_version_is_refused(tmp_path, log):
+    drive(tmp_path / "store", chain(log, 1))
+    (tmp_path / "store" / "store.json").write_text('{"format": 2}')
+    with pytest.raises(SecateurError, match="has format 2, and this version reads 1; update secateur"):
+        drive(tmp_path / "store", chain(log, 1))
+
+
+def test_half_a_node_is_replaced(tmp_path, log):
+    store, nodes = Store(tmp_path / "store"), chain(log, 1)
+    drive(store.root, nodes)
+    hurt = next(iter(nodes.nodes))
+    (store.folder(hurt) / "result.json").unlink()
+    assert drive(store.root, nodes).done == 2
+    assert store.done(hurt)
+    assert len(ran(log)) == 3
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '"x"', '{"values": {"rates": null}}'])
+def test_a_damaged_result_is_named_and_stops_nobody_else(tmp_path, log, content):
+    store, nodes = Store(tmp_path / "store"), chain(log, 2)
+    drive(store.root, nodes, "inline")
+    path = store.folder(next(iter(nodes.nodes))) / "result.json"
+    path.write_text(content)
+    (store.root / "index.sqlite").unlink()
+    assert drive(store.root, nodes, "inline").cached == 4
+    with pytest.raises(SecateurError, match=f"the result {path} is damaged; delete its folder and run the plan again"):
+        read_result(path.parent)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '"x"'])
+def test_a_damaged_failure_is_still_a_failure(tmp_path, log, content):
+    store, bad = Store(tmp_path / "store"), node(log, "bad", do="raise")
+    drive(store.root, graph(bad), "inline")
+    (store.root / "failed" / f"{bad.key}.json").write_text(content)
+    assert status(graph(bad), store).states[bad.key] == "failed"
+    assert "unreadable record" in status(graph(bad), store).failures[bad.key]
+
+
+def test_an_index_with_damaged_pages_or_another_schema_is_written_anew(tmp_path, log):
+    store, nodes = Store(tmp_path / "sto#re"), chain(log, 20)
+    drive(store.root, nodes, "inline")
+    assert len(read_index(store)) == 40, "the path of the index may hold any character"
+    path = store.root / "index.sqlite"
+    path.write_bytes(path.read_bytes()[:4096] + b"\xff" * 8192)
+    assert drive(store.root, nodes, "inline").cached == 40
+    assert len(read_index(store)) == 40
+    for part in store.root.glob("index.sqlite*"):
+        part.unlink()
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE nodes (key TEXT PRIMARY KEY, something TEXT)")
+    assert drive(store.root, nodes, "inline").cached == 40
+    assert len(read_index(store)) == 40
+
+
+def test_looking_at_a_store_writes_nothing(tmp_path, log):
+    store, nodes = Store(tmp_path / "empty"), chain(log, 1)
+    store.root.mkdir()
+    assert not status(nodes, store).driven
+    assert list(store.root.iterdir()) == []

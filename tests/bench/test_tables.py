@@ -79,6 +79,8 @@ class Table:
         result = {
             "attempt": 1,
             "batch_scale": scale,
+            "created": "2026-01-01T00:00:00+00:00",
+            "tool": {"version": "0"},
             "cost": {"seconds": 2.0},
             "environment": {"host": "here"},
             "values": values,
@@ -294,7 +296,7 @@ def test_reported_numbers_stand_beside_measured_ones(full):
     assert head[1:4] == ["BadNets accuracy", "BadNets ASR", "BadNets ASR, reported"]
     assert rows[1][2:4] == ["52.5 ± 2.0 [47.5, 57.5] (55.0)", "7.0 [1]"]
     assert ["[1] reported by: Somebody, 2020"] in section(text, "Repairs")
-    assert ["not in this table, reported by: Nobody, 2021 for backdoor BadNetz"] in section(text, "Repairs")
+    assert ["not in this table, reported by: Nobody, 2021 for backdoor BadNetz: accuracy 50.0"] in section(text, "Repairs")
     assert full.group("BadNets", "tuned").stats["attack_success"].summary.mean == pytest.approx(0.525)
     assert not full.group("BadNets", "pruned").reported
 

@@ -10,7 +10,10 @@ from ..work import Job, Outcome, run_job
 
 
 class Inline:
-    """Runs each job inside `poll`. A crash takes the driver along, and nothing can be timed out."""
+    """Runs each job inside `poll`, one at a time whatever ``workers`` says.
+
+    A crash takes the driver along, nothing can be timed out, and while a node runs nobody says that it is alive.
+    """
 
     def __init__(self, **options: Any) -> None:
         del options

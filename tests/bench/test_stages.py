@@ -1,0 +1,148 @@
+"""What nodes do with real images: roles kept apart, checkpoints that fit, sources that did not change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur.bench import stages
+from secateur.bench.nodes import expand
+from secateur.bench.plan import read_plan
+from secateur.bench.source import digest
+from secateur.bench.stages import Work
+from secateur.bench.store import Store
+from secateur.bench.work import Job, run_job
+from secateur.data import load_data, save_npz
+from secateur.errors import InconclusiveError
+from secateur.state import generator
+
+PLAN = """
+format = 1
+[data]
+name = "fashion-mini"
+clean = [0.2, 0.1]
+train_limit = 300
+test_limit = 100
+[[model]]
+name = "convnet"
+width = 4
+[[backdoor]]
+name = "badnets"
+[train]
+epochs = 3
+[[repair]]
+name = "fine-tuning"
+epochs = 1
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN, "utf-8")
+    return read_plan(tmp_path / "plan.toml")
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = Store(tmp_path / "store")
+    made.make()
+    return made
+
+
+def job(plan, store, stage, **facts):
+    node = next(node for node in expand(plan, digest).nodes.values() if node.stage == stage)
+    source = {"train": plan.data.train, "test": plan.data.test}
+    return replace(Job(node, f"secateur.bench.stages:{stage}", str(store.root), source), **facts)
+
+
+def test_roles_are_disjoint_and_smaller_shares_lie_within_the_larger(plan, store):
+    first = job(plan, store, "data")
+    assert run_job(first).status == "done"
+    folder = store.folder(first.node.key)
+    clean = load_data(folder / "clean.npz")
+    assert len(clean) == 60
+    victim = job(plan, store, "victim")
+    work = Work(victim.node, Path(), {"data": folder}, victim.source, Path())
+    seen = {image.numpy().tobytes() for image in stages._training_images(work).x}
+    assert not seen & {image.numpy().tobytes() for image in clean.x}
+    assert len(seen) > 230
+    smaller = {image.numpy().tobytes() for image in stages._clean(work, 0.1).x}
+    assert len(smaller) == 30
+    assert smaller < {image.numpy().tobytes() for image in clean.x}
+
+
+def test_test_images_that_were_seen_before_are_refused(plan, store):
+    same = replace(plan, data=replace(plan.data, train="fashion-mini:test", test="fashion-mini:test"))
+    outcome = run_job(job(same, store, "data"))
+    assert outcome.status == "failed"
+    assert outcome.message.startswith("DataError: ")
+    assert "test images are also training or clean images; give others in [data]" in outcome.message
+
+
+def test_images_that_changed_under_a_run_are_noticed(plan, store, tmp_path):
+    images = load_data("fashion-mini:train", limit=300)
+    test = load_data("fashion-mini:test", limit=100)
+    save_npz(images, tmp_path / "train.npz")
+    save_npz(test, tmp_path / "test.npz")
+    own = replace(plan, data=replace(plan.data, train=f"{tmp_path}/train.npz", test=f"{tmp_path}/test.npz"))
+    assert run_job(job(own, store, "data")).status == "done"
+    victim = job(own, store, "victim")
+    save_npz(images.subset(torch.randperm(300, generator=generator(9))), tmp_path / "train.npz")
+    outcome = run_job(victim)
+    assert (outcome.status, "changed after the data node ran" in outcome.message) == ("failed", True)
+
+
+def test_a_checkpoint_of_another_batch_size_is_not_resumed(plan, store, monkeypatch):
+    """Out of memory, half a batch, killed, run again: the weights must be those of a full batch or of a half, never of both."""
+    assert run_job(job(plan, store, "data")).status == "done"
+    half = job(plan, store, "victim", batch_scale=0.5)
+
+    def stop(epoch: int, *_: object) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    train = stages.train
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "train", lambda *args, **kwargs: train(*args, **kwargs, on_epoch=stop))
+        with pytest.raises(KeyboardInterrupt):
+            run_job(half)
+    [left] = store.checkpoints.iterdir()
+    assert left.name.endswith("-0.5")
+    full = job(plan, store, "victim")
+    assert run_job(full).status == "done"
+    undisturbed = Store(store.root.parent / "undisturbed")
+    undisturbed.make()
+    for stage in ("data", "victim"):
+        assert run_job(job(plan, undisturbed, stage)).status == "done"
+    weights = [(s.folder(full.node.key) / "model" / "model.safetensors").read_bytes() for s in (store, undisturbed)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_damaged_checkpoint_costs_only_time(plan, store, content):
+    assert run_job(job(plan, store, "data")).status == "done"
+    victim = job(plan, store, "victim")
+    (store.checkpoints / victim.node.key).write_bytes(content)
+    assert run_job(victim).status == "done"
+    assert list(store.checkpoints.iterdir()) == []
+
+
+def test_the_digest_follows_links_as_the_reader_does(tmp_path):
+    for place, pixel in (("a", b"cat"), ("b", b"dog")):
+        real = tmp_path / f"real-{place}"
+        real.mkdir()
+        (real / "x.png").write_bytes(pixel)
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "class").symlink_to(real, target_is_directory=True)
+    assert digest(str(tmp_path / "a")) != digest(str(tmp_path / "b"))
+
+
+def test_a_share_of_no_image_is_inconclusive(plan, store):
+    assert run_job(job(plan, store, "data")).status == "done"
+    victim = job(plan, store, "victim")
+    work = Work(victim.node, Path(), {"data": store.folder(victim.node.parents["data"])}, victim.source, Path())
+    with pytest.raises(InconclusiveError, match="a clean share of 0.0001 is no image at all; raise it"):
+        stages._clean(work, 0.0001)
