@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from secateur import methods
 from secateur.bench.nodes import STAGES, Node, canonical_json, expand, from_config
 from secateur.bench.plan import read_plan
 from secateur.bench.source import digest
@@ -160,6 +161,17 @@ def test_canonical_json_does_not_know_the_order(values):
     backwards = dict(reversed(list(values.items())))
     assert canonical_json(values) == canonical_json(backwards)
     assert json.loads(canonical_json(values)) == values
+
+
+def test_a_new_version_of_a_score_is_a_new_node_for_repairs_that_name_it(write, monkeypatch):
+    before = graph_of(write())
+    scores = [replace(row, version=2) if row.name == "l1" else row for row in methods.table("score")]
+    monkeypatch.setattr("secateur.bench.plan.table_of", lambda kind: scores)
+    after = graph_of(write())
+    changed = {
+        before.nodes[key].method for key in before.nodes.keys() - after.nodes.keys() if before.nodes[key].stage == "repair"
+    }
+    assert changed == {"norm-pruning"}
 
 
 def test_whole_numbers_and_floats_are_one_node(write):

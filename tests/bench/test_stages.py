@@ -144,5 +144,5 @@ def test_a_share_of_no_image_is_inconclusive(plan, store):
     assert run_job(job(plan, store, "data")).status == "done"
     victim = job(plan, store, "victim")
     work = Work(victim.node, Path(), {"data": store.folder(victim.node.parents["data"])}, victim.source, Path())
-    with pytest.raises(InconclusiveError, match="a clean share of 0.0001 is no image at all; raise it"):
+    with pytest.raises(InconclusiveError, match=r"a clean share of 0\.0001 is no image at all; raise it"):
         stages._clean(work, 0.0001)

@@ -31,13 +31,11 @@ def test_interval_by_hand():
     found = summary([1.0, 2.0, 3.0])
     assert (found.mean, found.sd, found.n) == (2, 1, 3)
     assert found.high == pytest.approx(2 + 4.302653 / math.sqrt(3), abs=1e-6)  # t of 2 degrees of freedom, from the tables
-    assert str(found) == "2.0000 [-0.4841, 4.4841], n=3"
 
 
 def test_one_value_has_no_interval_and_none_no_mean():
     found = summary([0.25])
     assert (found.mean, found.sd, found.low, found.high, found.n) == (0.25, None, None, None, 1)
-    assert str(found) == "0.2500 (one seed)"
     with pytest.raises(InconclusiveError, match="at least one value, got 0"):
         summary([])
 

@@ -35,11 +35,6 @@ class Summary:
     high: float | None
     n: int
 
-    def __str__(self) -> str:
-        if self.sd is None:
-            return f"{self.mean:.4f} (one seed)"
-        return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}], n={self.n}"
-
 
 @dataclass(frozen=True)
 class Paired:
