@@ -20,7 +20,7 @@ SIMPLE: Mapping[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (float, int),
     "bool": (bool,),
-    "str": (str,),
+    "str": (str, int, float),  # a layer may be called 3
     "None": (type(None),),
 }
 SEQUENCES = ("Sequence", "tuple", "list")

@@ -229,7 +229,7 @@ def test_keys_are_the_same_in_another_process(write):
         (("clean = [0.1, 0.05]", "clean = [0.1, 0.1]"), MethodError, "clean must be different shares in (0, 1)"),
         (("fraction = 0.5", 'norm = "l3"'), MethodError, "unknown norm 'l3'; choose from: l1, l2, random"),
         (("fraction = 0.5", 'scope = "globl"'), MethodError, "unknown scope 'globl'; did you mean 'global'?"),
-        (('layers = ["late", "all"]', "layers = 3"), MethodError, "layers must be of type str | Sequence[str], got 3"),
+        (('layers = ["late", "all"]', "layers = true"), MethodError, "layers must be of type str | Sequence[str], got True"),
         (("format = 1", "format = true"), MethodError, "format must be 1, got True"),
         (("format = 1", "format = 1\ntimeout = nan"), MethodError, "timeout must be more than 0 seconds, got nan"),
         (("[train]", "[reported]\nfile = 'no.toml'\n[train]"), DataError, "cannot read the reported numbers"),
