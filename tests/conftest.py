@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -61,6 +62,13 @@ def make_images(n: int, seed: int) -> ImageSet:
     x[torch.arange(n), 0, rows] += 0.5
     x[torch.arange(n), 0, rows, 9:] = 0.15
     return ImageSet((255 * x).round().to(torch.uint8), y, CLASSES, "bars")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """Let processes that tests start hear Ctrl-C, also where the tests themselves run in the background of a shell."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

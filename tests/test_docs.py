@@ -36,8 +36,10 @@ def test_the_version_is_the_same_everywhere():
 
 
 def test_commands_named_in_the_docs_exist():
-    from secateur.cli import COMMANDS
+    from secateur.cli import BENCH, COMMANDS
 
     for page in (README, (ROOT / "docs" / "cli.md").read_text("utf-8")):
         for verb in re.findall(r"^    secateur (\w+)", page, re.MULTILINE):
-            assert verb in COMMANDS
+            assert verb in {*COMMANDS, "bench"}
+        for verb in re.findall(r"^    secateur bench (\w+)", page, re.MULTILINE):
+            assert verb in BENCH

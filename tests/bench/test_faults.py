@@ -124,7 +124,7 @@ def test_the_second_of_two_writers_is_thrown_away(tmp_path, log):
 
 
 def test_a_second_driver_is_refused(start, tmp_path, log):
-    first = start(sleep=0.5)
+    first = start(sleep=1.5)
     until(lambda: len(ran(log)) >= 1)
     second = start()
     assert second.wait(PATIENCE) != 0
