@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import __version__
 from .compress import Removal, remove_channels
-from .data import holdout
+from .data import count_shared, holdout
 from .errors import DataError, InconclusiveError, ModelError
 from .measure import Evaluation, cost, evaluate, predict
 from .methods import get, settings
@@ -96,7 +96,7 @@ def repair(
     chosen = settings(row, arguments or {})
     random = generator(seed)
     seen, measured = (clean, test) if test is not None else holdout(clean, HOLDOUT, generator=random)
-    shared = _shared(seen, measured)
+    shared = count_shared(measured, seen)
     if shared == len(measured):
         raise DataError(
             "the test images are all among the clean images, which the repair sees; give others, or leave --test out"
@@ -290,12 +290,6 @@ def _rate(rate: Rate | None) -> dict[str, Any] | None:
 
 def _describe(images: ImageSet) -> dict[str, Any]:
     return {"name": images.name, "n": len(images), "per_class": list(images.per_class()), "sha256": images.sha256}
-
-
-def _shared(seen: ImageSet, measured: ImageSet) -> int:
-    """Return how many of the measured images are also among those that the repair sees."""
-    known = {image.numpy().tobytes() for image in seen.x}
-    return sum(image.numpy().tobytes() in known for image in measured.x)
 
 
 def _limitations(test: ImageSet | None, trigger: Trigger | None, measured: ImageSet, shared: int) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -106,7 +106,7 @@ class Cell:
     keys: tuple[str, ...]
 
 
-COLUMNS = ("model", "backdoor", "trigger", "clean", "repair", "compress", "victim_seed", "repair_seed")
+COLUMNS = tuple(each.name for each in fields(Cell) if each.name != "keys")
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ A repair reads the victim's bundle and the clean images; test images and trigger
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import runs
-from ..data import load_data, load_trigger, save_npz, save_trigger, split_clean, stratified
+from ..data import count_shared, load_data, load_trigger, save_npz, save_trigger, split_clean, stratified
 from ..errors import DataError, InconclusiveError, ModelError
 from ..measure import cost, evaluate
 from ..methods import Kind, get
@@ -25,6 +25,7 @@ from ..train import train
 from ..types import ChannelMask, ImageSet, Poisoning, WeightMask
 from .nodes import Node
 from .plan import NONE
+from .store import read_config, read_result
 
 MOST_SHARED = 0.01  # share of the test images that may be seen before: real data sets have a few duplicates
 
@@ -50,18 +51,22 @@ class Work:
     @property
     def generator(self) -> torch.Generator:
         """A generator of this stage's own at the node's seed: the same for every method, so that comparisons are paired."""
-        digest = hashlib.sha256(f"{self.node.stage} {self.node.seed}".encode()).digest()
-        return generator(int.from_bytes(digest[:7], "big"))
+        return generator_of(self.node)
 
 
-Stage = Callable[[Work], dict[str, Any]]
+def generator_of(node: Node) -> torch.Generator:
+    """Return the generator that a node's randomness comes from."""
+    digest = hashlib.sha256(f"{node.stage} {node.seed}".encode()).digest()
+    return generator(int.from_bytes(digest[:7], "big"))
 
 
 def data(work: Work) -> dict[str, Any]:
     """Share the images out: clean ones for the defender, the rest for the victim, test images for measuring."""
     clean, rest = _split(work.source["train"], work.node.args, work.generator)
     test = load_data(work.source["test"], limit=work.node.args["test_limit"])
-    shared = _shared(test, clean, rest)
+    shared = count_shared(test, clean, rest)
+    if shared > MOST_SHARED * len(test):
+        raise DataError(f"{shared} of {len(test)} test images are also training or clean images; give others in [data]")
     save_npz(clean, work.folder / "clean.npz")
     save_npz(test, work.folder / "test.npz")
     parts = {"clean": clean, "train": rest, "test": test}
@@ -125,15 +130,6 @@ def _defend(work: Work, kind: Kind) -> dict[str, Any]:
     return {"clean": len(clean), "log": dict(done.log), "notes": list(done.notes)}
 
 
-def _shared(test: ImageSet, *seen: ImageSet) -> int:
-    """Return how many test images are also among the others; `DataError` when they are more than chance leaves there."""
-    known = {hashlib.sha256(image.numpy().tobytes()).digest() for part in seen for image in part.x}
-    shared = sum(hashlib.sha256(image.numpy().tobytes()).digest() in known for image in test.x)
-    if shared > MOST_SHARED * len(test):
-        raise DataError(f"{shared} of {len(test)} test images are also training or clean images; give others in [data]")
-    return shared
-
-
 def _split(path: str, args: Mapping[str, Any], random: torch.Generator) -> tuple[ImageSet, ImageSet]:
     images = load_data(path, limit=args["train_limit"])
     return split_clean(images, args["reserve"], generator=random)
@@ -141,25 +137,17 @@ def _split(path: str, args: Mapping[str, Any], random: torch.Generator) -> tuple
 
 def _training_images(work: Work) -> ImageSet:
     """Draw the victim's images again from the source and check that they are those the data node saw."""
-    from .store import read_config, read_result
-
     folder = work.parents["data"]
     node = read_config(folder)
     wanted = read_result(folder)["values"]["train"]["sha256"]
-    _, rest = _split(work.source["train"], node.args, _of_data(node).generator)
+    _, rest = _split(work.source["train"], node.args, generator_of(node))
     if rest.sha256 != wanted:
         raise DataError(f"the images at {work.source['train']} changed after the data node ran; use a new store")
     return rest
 
 
-def _of_data(node: Node) -> Work:
-    return Work(node, Path(), {}, {}, Path())
-
-
 def _clean(work: Work, share: float) -> ImageSet:
     """Return the defender's share of the images held out for it."""
-    from .store import read_config, read_result
-
     folder = work.parents["data"]
     images = load_data(folder / "clean.npz")
     node, sizes = read_config(folder), read_result(folder)["values"]
@@ -168,5 +156,5 @@ def _clean(work: Work, share: float) -> ImageSet:
     size = round(share * (sizes["clean"]["n"] + sizes["train"]["n"]))
     if size < 1:
         raise InconclusiveError(f"a clean share of {share:g} is no image at all; raise it")
-    [index] = stratified(images.y, [size], generator=_of_data(node).generator)
+    [index] = stratified(images.y, [size], generator=generator_of(node))
     return images.subset(index)

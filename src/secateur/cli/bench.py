@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -211,11 +212,9 @@ def _dry_run(plan: Plan, graph: Graph, store: Store, workers: int | None) -> int
     slots = workers or max(1, len(os.sched_getaffinity(0)) // plan.threads)
     todo = [node for key, node in graph.nodes.items() if not store.done(key)]
     seconds, unknown = Estimate.of(store).left(todo, graph, slots)
-    stages = dict.fromkeys(node.stage for node in graph.nodes.values())
-    for stage in stages:
-        nodes = [node for node in graph.nodes.values() if node.stage == stage]
-        left = sum(not store.done(node.key) for node in nodes)
-        out(f"{stage:10}{len(nodes):6} nodes {len(nodes) - left:6} done {left:6} to run")
+    left = Counter(node.stage for node in todo)
+    for stage, count in Counter(node.stage for node in graph.nodes.values()).items():
+        out(f"{stage:10}{count:6} nodes {count - left[stage]:6} done {left[stage]:6} to run")
     time_text = f"about {duration(seconds)} on {slots} workers" if unknown < len(todo) or not todo else "time unknown"
     rest = f"; nothing like {unknown} of them has run in this store, so they are not counted" if unknown and todo else ""
     out(f"{plan.name}: {len(todo)} of {len(graph.nodes)} nodes to run, {time_text}{rest}")

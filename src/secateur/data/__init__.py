@@ -10,12 +10,13 @@ from ..types import ImageSet
 from .arrays import save_npz
 from .augment import augment, random_crop, random_flip
 from .readers import load_data
-from .splits import holdout, split_clean, stratified
+from .splits import count_shared, holdout, split_clean, stratified
 from .triggers import load_trigger, save_trigger
 
 __all__ = [
     "ImageSet",
     "augment",
+    "count_shared",
     "holdout",
     "load_data",
     "load_trigger",

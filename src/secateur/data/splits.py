@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -84,6 +85,12 @@ def holdout(clean: ImageSet, share: float, *, generator: torch.Generator) -> tup
         )
     hold, fit = stratified(clean.y, [size, len(clean) - size], generator=generator)
     return clean.subset(fit), clean.subset(hold, f"{clean.name}, hold-out")
+
+
+def count_shared(measured: ImageSet, *seen: ImageSet) -> int:
+    """Return how many of the measured images stand, pixel for pixel, among those seen."""
+    known = {hashlib.sha256(image.numpy().tobytes()).digest() for part in seen for image in part.x}
+    return sum(hashlib.sha256(image.numpy().tobytes()).digest() in known for image in measured.x)
 
 
 def _draw(y: Tensor, size: int, generator: torch.Generator) -> Tensor:
