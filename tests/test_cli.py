@@ -113,10 +113,19 @@ def test_a_mistake_gets_one_clear_line(files, capsys, arguments, code, said):
     assert before == {path: path.stat().st_mtime_ns for path in files.rglob("*") if path in before}
 
 
-def test_a_pickled_network_is_refused_with_4(files, victim, capsys):
-    torch.save(victim.model, files / "whole.pt")
-    assert run(["repair", "whole.pt", "--data", "clean.npz", "-q"]) == 4
-    assert "reads plain state dicts only" in capsys.readouterr().err
+class Hostile:
+    def __reduce__(self):
+        return exec, ("raise SystemExit(77)",)
+
+
+def test_a_file_that_would_run_code_is_refused_with_4(files, victim, capsys):
+    torch.save({"state_dict": victim.model.net.state_dict(), "extra": Hostile()}, files / "hostile.pt")
+    assert run(["repair", "hostile.pt", "--data", "clean.npz", "-q"]) == 4
+    assert "names builtins.exec: it may run code" in capsys.readouterr().err
+    assert run(["repair", "hostile.pt", "--data", "clean.npz", "-q", "--force", "--input-size", "12", "-o", "forced"]) == 0
+    record = json.loads((files / "forced" / "result.json").read_text())
+    assert record["inputs"][0]["suspicious_globals"] == ["builtins.exec"]
+    assert [(f["rule"], f["severity"]) for f in record["findings"]] == [("LOD-001", "critical")]
 
 
 def test_a_network_that_does_no_better_than_chance_is_inconclusive(files, victim, capsys):

@@ -1,11 +1,13 @@
 """The table of architectures: name -> builder. Plain values: ``models/registry.py`` builds, infers and recognises.
 
-A row with ``fixed`` arguments is a familiar name for one member of a family.
+A row with ``fixed`` arguments is a familiar name for one member of a family. Networks of other packages have names with a
+prefix, ``timm:NAME`` or ``torchvision:NAME``; whether there is such a network only the package knows (`models/external.py`).
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +65,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "squeezenet": Architecture("squeezenet:squeezenet", input_size=224),
     "vit": Architecture("vit:vit"),
 }
+EXTERNAL: Mapping[str, Mapping[str, Any]] = {
+    "timm": {"classes": 1000, "in_channels": 3, "global_pool": "", "img_size": 0},  # nothing and 0: the package's own
+    "torchvision": {"classes": 1000},
+}
 
 
 def names() -> tuple[str, ...]:
@@ -70,23 +76,40 @@ def names() -> tuple[str, ...]:
     return tuple(ARCHITECTURES)
 
 
+def is_external(name: str) -> bool:
+    """Return whether ``name`` has the form of a network of another package."""
+    return re.fullmatch(rf"({'|'.join(EXTERNAL)}):[\w.-]{{1,100}}", name, re.ASCII) is not None
+
+
 def architecture(name: str) -> Architecture:
     """Return one row of the table; `ModelError` when there is none of that name."""
+    if is_external(name):
+        return Architecture("external:build_external", input_size=224)
     if name not in ARCHITECTURES:
         raise ModelError(unknown("architecture", name, ARCHITECTURES))
     return ARCHITECTURES[name]
 
 
 def resolve(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``kwargs`` with the defaults filled in, checked against the builder's signature."""
-    row = architecture(name)
-    parameters = signature(f"{__package__}.models.{row.target}")
-    free = {p.name: ast.literal_eval(p.default or "None") for p in parameters if p.name not in row.fixed}
+    """Return ``kwargs`` with the defaults filled in, checked against the builder's signature.
+
+    For networks of other packages, what is left to the package is left out.
+    """
+    free = _defaults(name)
     for key, value in kwargs.items():
         if key not in free:
             raise ModelError(unknown(f"argument of {name}", key, free))
         _check(f"{name}: {key}", value, free[key])
-    return free | dict(kwargs)
+    settings = free | dict(kwargs)
+    return {key: value for key, value in settings.items() if value} if is_external(name) else settings
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    row = architecture(name)
+    if is_external(name):
+        return dict(EXTERNAL[name.partition(":")[0]])
+    parameters = signature(f"{__package__}.models.{row.target}")
+    return {p.name: ast.literal_eval(p.default or "None") for p in parameters if p.name not in row.fixed}
 
 
 def _check(what: str, value: Any, default: Any) -> None:

@@ -117,13 +117,14 @@ def repair(
         command=list(command),
         tool=tool(),
         environment=environment(model),
-        inputs=[dict(entry) for entry in inputs],
+        inputs=_inputs(model) or [dict(entry) for entry in inputs],
         data={"clean": _describe(seen), "test": _describe(measured)},
         method={"name": row.name, "version": row.version, "args": chosen, "seed": seed},
         before=before,
         after=measure(final, measured, trigger),
         cost={"seconds": seconds},
         checks=checks,
+        findings=list((model.origin or {}).get("findings", ())),
         limitations=_limitations(test, trigger, measured, shared),
         details=_details(model, repaired, removal),
     )
@@ -286,6 +287,11 @@ def _png(image: Tensor) -> str:
 
 def _rate(rate: Rate | None) -> dict[str, Any] | None:
     return None if rate is None else asdict(rate)
+
+
+def _inputs(model: Classifier) -> list[dict[str, Any]]:
+    """Return what a record says of the file that a network came from."""
+    return [{key: value for key, value in model.origin.items() if key != "findings"}] if model.origin else []
 
 
 def _describe(images: ImageSet) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from .listing import details
 
 COMMANDS = {
     "demo": ("secateur.cli.demo:demo", "Watch a backdoored network being made, measured, cut, healed and proved."),
+    "info": ("secateur.cli.info:info", "Tell what a checkpoint is and what speaks against it; nothing of it is run."),
+    "convert": ("secateur.cli.convert:convert", "Write a checkpoint as a bundle, which needs no pickle."),
     "repair": ("secateur.cli.repair:repair", "Repair a network with a little clean data."),
     "train": ("secateur.cli.train:train", "Train a network, for instance a victim on poisoned images."),
     "poison": ("secateur.cli.poison:poison", "Put a backdoor trigger into a training set."),

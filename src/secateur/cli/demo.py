@@ -119,6 +119,7 @@ def _record(result: Result, runs: Mapping[str, RepairRun], task: Task, trained: 
 
 def _write(home: Any, result: Result, chosen: RepairRun, victim: Classifier, task: Task) -> None:
     from ..data import save_npz, save_trigger
+    from ..intake import read
     from ..models import save
     from .repair import write
 
@@ -128,7 +129,7 @@ def _write(home: Any, result: Result, chosen: RepairRun, victim: Classifier, tas
     save_trigger(task.trigger, home / "trigger")
     save_npz(task.clean, home / "clean.npz")
     save_npz(task.test, home / "test.npz")
-    write(chosen, home, home / "model", source=home / "victim")
+    write(chosen, home, home / "model", ancestor=read(home / "victim").sha256)
     write_result(result, home)
 
 

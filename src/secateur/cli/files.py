@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..types import Result
@@ -37,11 +36,3 @@ def write_result(result: Result, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(text, "utf-8")
     (folder / "report.html").write_text(render(json.loads(text), "html"), "utf-8")
-
-
-def describe_input(path: Path) -> Mapping[str, Any]:
-    """Return path and sha256 of an input file, or of a bundle's weights."""
-    weights = path / "model.safetensors" if path.is_dir() else path
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": str(path), "sha256": digest, "format": "bundle" if path.is_dir() else "checkpoint"}

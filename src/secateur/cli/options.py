@@ -26,16 +26,24 @@ class ModelFlags:
     """What a checkpoint may not say of itself.
 
     Attributes:
-        arch: Architecture: a name of the zoo, or file.py:factory (runs that file).
+        arch: Architecture: a name of the zoo, timm:NAME, torchvision:NAME, or file.py:factory (runs that file).
         mean: Mean per channel that the network was trained with, e.g. 0.5,0.5,0.5.
         std: Standard deviation per channel, likewise.
         input_size: Size of the images it takes, e.g. 32 or 32x48 (height x width).
+        classes: Class names in label order: cat,dog,... or a text file with one per line.
+        force: Take the weights of a file that names dangerous objects or has wrong checksums; nothing of it is run.
+        sandbox: Run a file that is a program in a sandbox, once, to take its weights.
+        trust_code: Run such a file here, without a fence.
     """
 
     arch: str | None = None
     mean: str | None = None
     std: str | None = None
     input_size: str | None = None
+    classes: str | None = None
+    force: Flag = False
+    sandbox: Flag = False
+    trust_code: Flag = False
 
     def load(self, path: Path) -> Classifier:
         """Load the network at ``path`` as these flags describe it."""
@@ -47,6 +55,10 @@ class ModelFlags:
             mean=numbers("mean", self.mean),
             std=numbers("std", self.std),
             input_size=sides(self.input_size),
+            classes=class_names(self.classes),
+            force=self.force,
+            sandbox=self.sandbox,
+            trust_code=self.trust_code,
         )
 
 
@@ -106,6 +118,17 @@ def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
         return tuple(float(top) / float(bottom or 1) for top, _, bottom in parts)
     except (ValueError, ZeroDivisionError) as error:
         raise MethodError(f"--{name} must be numbers separated by commas, got '{text}'") from error
+
+
+def class_names(text: str | None) -> tuple[str, ...] | None:
+    """Read ``cat,dog``, or the lines of the text file that ``text`` names."""
+    if text is None:
+        return None
+    try:
+        lines = Path(text).read_text("utf-8").splitlines() if Path(text).is_file() else text.split(",")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MethodError(f"--classes must be names separated by commas or a text file, and '{text}' cannot be read") from error
+    return tuple(name.strip() for name in lines if name.strip())
 
 
 def sides(text: str | None) -> tuple[int, int] | None:

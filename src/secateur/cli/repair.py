@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json as json_format
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MethodError, check_range
 from ..report import render, to_json
 from .console import complain, out, progress, say
-from .files import describe_input, run_folder, write_result
+from .files import run_folder, write_result
 from .options import Flag, ModelFlags, Output, RunFlags, Settings, assignments, fresh
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def repair(
     from .. import runs
     from ..data import load_data, load_trigger
     from ..methods import get, settings
+    from ..models import read_arch
 
     arguments = assignments(set)
     settings(get("repair", method), arguments)
@@ -78,23 +80,21 @@ def repair(
             trigger=load_trigger(trigger) if trigger else None,
             seed=run_flags.seed,
             command=["secateur", *sys.argv[1:]],
-            inputs=[describe_input(model)],
             on_step=on_step,
         )
     home = folder or run_folder("repair", sys.argv[1:])
-    write(run, home, home if folder else home / "model", source=model)
+    earlier = read_arch(model)["steps"] if (model / "arch.json").is_file() else []
+    write(run, home, home if folder else home / "model", ancestor=run.result.inputs[0]["sha256"], earlier=earlier)
     show(run.result, json=run_flags.json)
     if not run_flags.quiet:
         say(f"written to {home}: open {home / 'report.html'}")
     return gates(run.result, max_asr=max_asr, max_acc_drop=max_acc_drop)
 
 
-def write(run: RepairRun, home: Path, bundle: Path, *, source: Path) -> None:
-    """Write bundle, record and report; ``source`` is what was repaired."""
-    from ..models import read_arch, save
+def write(run: RepairRun, home: Path, bundle: Path, *, ancestor: str | None, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write bundle, record and report; ``ancestor`` is the digest of what was repaired, ``earlier`` its steps."""
+    from ..models import save
 
-    earlier = read_arch(source)["steps"] if source.is_dir() else []
-    ancestor = describe_input(source)["sha256"]
     save(run.model, bundle, masks=run.mask, steps=[*earlier, run.step], ancestor_sha256=ancestor, overwrite=True)
     write_result(run.result, home)
 

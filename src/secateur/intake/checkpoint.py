@@ -1,33 +1,34 @@
-"""From a file or folder to a `Classifier`, sniffing by content and never running code that came with it.
+"""From a file or folder to a `Classifier`, without running what came with it.
 
-A bundle, a safetensors file and what ``torch.load(weights_only=True)`` accepts can be read; everything else is refused.
+`read` looks, this module builds: the network of the weights found, with copies of them in it.
 """
 
 from __future__ import annotations
 
-import pickle
-import re
-import warnings
-import zipfile
-from collections import Counter
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..architectures import architecture, resolve
+from ..architectures import architecture, is_external, resolve
 from ..errors import ModelError, RefusedError
 from ..models.bundle import load_bundle
 from ..models.factory import call_factory, import_factory, is_reference
-from ..models.registry import COUNTERS, fit, nearest, recognise, shapes_of, skeleton
-from ..models.weights import MAX_BYTES, assign, count_outputs, one_line, read_safetensors
+from ..models.registry import COUNTERS, Shapes, fit, nearest, recognise, shapes_of, skeleton
+from ..models.weights import assign, count_outputs
 from ..models.wrapper import Classifier
+from .contents import Contents, candidates
+from .findings import Finding
+from .reading import Reading, admit, read, read_one, show
+from .sniff import PROGRAMS
+from .tensors import Stored, check_total
 
-CONTAINERS = ("state_dict", "model", "net", "model_state_dict", "ema")
-PREFIXES = ("module.", "_orig_mod.")
-MAX_ENTRIES = 100_000
+T = TypeVar("T")
 
 
 def load(
@@ -39,152 +40,231 @@ def load(
     std: Sequence[float] | None = None,
     input_size: tuple[int, int] | int | None = None,
     classes: Sequence[str] | None = None,
+    force: bool = False,
+    sandbox: bool = False,
+    trust_code: bool = False,
 ) -> Classifier:
-    """Read a network and return it in eval mode.
+    """Read a network and return it in eval mode; its ``origin`` says from what, and what was noticed.
 
     Args:
-        path: A bundle, a safetensors file or a torch checkpoint.
-        arch: Name of the architecture, or ``file.py:make`` of the user's own code; None recognises it by its shapes.
+        path: A bundle, a folder as Hugging Face keeps it, a safetensors file, a torch checkpoint or a pickle.
+        arch: Name of the architecture, also ``timm:NAME`` or ``torchvision:NAME``, or ``file.py:make`` of the user's own code;
+            None recognises it by its shapes.
         arch_kwargs: Arguments of the architecture that shapes cannot tell, such as the heads of a ViT.
-        mean: Mean per channel that the network was trained with, for images in [0, 1]; 0 when not given.
-        std: Standard deviation per channel; 1 when not given.
-        input_size: Height and width of the images; the architecture's usual size when not given.
-        classes: Class names; numbers when not given.
+        mean: Mean per channel that the network was trained with, for images in [0, 1]; 0 when nobody says.
+        std: Standard deviation per channel; 1 when nobody says.
+        input_size: Height and width of the images; what the file says or the architecture's usual size when not given.
+        classes: Class names; numbers when nobody says.
+        force: Take the weights of a file that names dangerous objects or has wrong checksums. Nothing of it is run.
+        sandbox: Run a file that is a program in a sandbox, once, to take its weights.
+        trust_code: Run such a file here, without a fence.
 
     Raises:
         ModelError: The file is damaged, or its network is unknown or does not fit ``arch``.
-        RefusedError: The file could only be read by running code from it.
+        RefusedError: The file could only be read by running code from it, or is made to run some.
     """
     path = Path(path)
-    if path.is_dir():
+    if (path / "arch.json").is_file():
         own_code = arch if arch is not None and is_reference(arch) else None
         given = {"mean": mean, "std": std, "input_size": input_size, "classes": classes, "arch_kwargs": arch_kwargs}
         said = [name for name, value in {**given, "arch": arch if own_code is None else None}.items() if value is not None]
         if said:
             raise ModelError(f"a bundle says its own {said[0]}: leave it out")
-        return load_bundle(path, factory=own_code)
-    state = own_copies(unwrap(read_tensors(path)), path.stat().st_size)
-    net, description, size = _network(state, arch, dict(arch_kwargs or {}))
-    height, width = input_size if isinstance(input_size, tuple) else (input_size or size,) * 2
+        model = load_bundle(path, factory=own_code)
+        model.origin = _origin(read(path), "data")
+        return model
+    weights = _weights(read(path), force=force, sandbox=sandbox, trust_code=trust_code)
+    facts = {**_beside(weights.reading), **weights.reading.facts}
+    net, state, description = _network(
+        weights.state, arch or facts.get("arch"), {**facts.get("kwargs", {}), **(arch_kwargs or {})}
+    )
+    usual = _usual(description)
+    height, width = _sides(input_size) or facts.get("input_size") or usual["input_size"]
     input_shape = (_in_channels(net), height, width)
     outputs = count_outputs(net, input_shape)
-    if classes is not None and len(classes) != outputs:
-        raise ModelError(f"classes must have one name per output ({outputs}), got {len(classes)}")
+    names = classes or facts.get("classes") or [str(label) for label in range(outputs)]
+    if len(names) != outputs:
+        raise ModelError(f"classes must have one name per output ({outputs}), got {len(names)}")
     assign(net, state, description.get("name") or "the factory's network")
-    names = classes or [str(label) for label in range(outputs)]
-    return Classifier(net, classes=names, input_shape=input_shape, mean=mean, std=std, arch=description).eval()
+    model = Classifier(
+        net,
+        classes=names,
+        input_shape=input_shape,
+        mean=mean or facts.get("mean") or usual["mean"],
+        std=std or facts.get("std") or usual["std"],
+        arch=description,
+    ).eval()
+    noticed = [Finding("LOD-011", "gives probabilities, not logits")] if _answers_probabilities(model) else []
+    model.origin = _origin(replace(weights.reading, findings=(*weights.reading.findings, *noticed)), weights.loader)
+    return model
 
 
-def read_tensors(path: Path) -> Any:
-    """Return what a weights file holds, without running code from it."""
-    if not path.is_file():
-        raise ModelError(f"{path} must be a file or a bundle, found none")
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ModelError(f"{path} must have at most {MAX_BYTES} bytes, got {size}")
-    with path.open("rb") as file:
-        head = file.read(9)
-    if head.startswith(b"PK\x03\x04"):
-        _check_archive(path)
-        return _torch_load(path)
-    if head.startswith(b"\x80"):
-        return _torch_load(path)
-    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < size:
-        return read_safetensors(path)
-    raise ModelError(f"{path} must be a bundle, a safetensors file or a torch checkpoint; its first bytes are of neither")
+@dataclass(frozen=True, eq=False)
+class _Weights:
+    reading: Reading
+    state: Mapping[str, Tensor]
+    loader: str
 
 
-def unwrap(content: Any) -> dict[str, Tensor]:
-    """Return the state dict inside a checkpoint: containers opened, wrappers' prefixes and other values dropped."""
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    pairs = content.items() if isinstance(content, Mapping) else ()
-    state = {key: value.detach() for key, value in pairs if isinstance(key, str) and isinstance(value, Tensor)}
-    if not state:
-        raise ModelError("the file must hold a state dict: named tensors, also under " + ", ".join(CONTAINERS))
-    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    counters = (key for key in state if key.endswith(COUNTERS))
-    for key in [key for key in counters if state[key].shape != () or state[key].dtype != torch.int64]:
-        del state[key]
-    return state
+def _weights(reading: Reading, *, force: bool, sandbox: bool, trust_code: bool) -> _Weights:
+    """Return the weights of a reading as tensors in memory of their own."""
+    if not (sandbox or trust_code):
+        return _Weights(reading, tensors(admit(reading, force=force), reading.size), "data")
+    try:
+        return _Weights(reading, tensors(admit(reading), reading.size), "data")  # nothing needs to run
+    except (ModelError, RefusedError):
+        if reading.format not in (*PROGRAMS, "torch-zip", "torch-legacy", "pickle"):
+            raise
+    program: Any = reading.format if reading.format in PROGRAMS else "pickle"
+    if trust_code:
+        from .sandbox_worker import read_program
+
+        state, _ = read_program(reading.path, program)
+        return _Weights(reading, _tidy(state), "trusted code")
+    from .sandbox import extract
+
+    folder = Path(tempfile.mkdtemp(prefix="secateur-"))
+    try:
+        extracted = extract(reading.path, program, folder)
+        found = read_one(extracted.weights)
+        return _Weights(reading, tensors(admit(found), found.size), f"sandbox ({extracted.fence})")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def own_copies(state: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    """Return copies of plain tensors in memory of their own; ``size`` is the file's, which their sum may not dwarf.
+def tensors(contents: Contents, size: int) -> dict[str, Tensor]:
+    """Return the weights of a file as dense tensors in memory of their own.
 
-    A view with stride 0 claims any number of elements in a few bytes, so everything is checked before it is copied.
+    Args:
+        contents: What the file holds.
+        size: Bytes of the file, which the copies may not dwarf.
+
+    Raises:
+        ModelError: A tensor is of a kind that is not read, or together they claim more than the file holds.
     """
-    for key, value in state.items():
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise ModelError(f"weights must be plain dense tensors, but {key[:100]!a} is not")
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ModelError(f"{key[:100]!a} claims more values than the file holds")
-    if sum(value.numel() * value.element_size() for value in state.values()) > 4 * size:
-        raise ModelError("the weights together claim more values than the file holds")
-    return {key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+    found: dict[str, Stored] = {}
+    for name, tensor in contents.tensors.items():
+        if not isinstance(tensor, Stored):
+            raise ModelError(f"weights must be plain dense tensors, but {name[:100]!a} is not")
+        found[name] = tensor
+    check_total(found.values(), size)
+    return {name: to_torch(tensor) for name, tensor in found.items()}
 
 
-def _torch_load(path: Path) -> Any:
-    """Hand torch the open file, not its path: by a path it would choose a reader from the extension."""
-    try:
-        with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        text = str(error)  # torch's own first line advises to load without weights_only: not repeated
-        found = re.search(r"GLOBAL ([\w.]+)", text)
-        if found or "Unsupported operand" in text or "persistent id" in text:
-            what = found[1] if found else "a pickle beyond plain weights"
-            raise RefusedError(f"{path} holds {what}, which needs code: this version reads plain state dicts only") from error
-        raise ModelError(f"{path} is a damaged torch checkpoint") from error
-    except Exception as error:
-        raise ModelError(f"{path} cannot be read as a torch checkpoint: {one_line(error)}") from error
+def to_torch(stored: Stored) -> Tensor:
+    """Return a tensor of a file, copied."""
+    dtype = getattr(torch, stored.dtype)
+    if 0 in stored.shape:
+        return torch.empty(stored.shape, dtype=dtype)
+    content = torch.frombuffer(bytearray(stored.bytes()), dtype=torch.uint8)
+    flat = content != 0 if dtype == torch.bool else content.view(dtype)
+    return flat.as_strided(stored.shape, stored.stride).contiguous()
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse archives that are programs, and those that unpack to more than their size."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ModelError(f"{path} is a damaged zip archive: {one_line(error)}") from error
-    names = [entry.filename for entry in entries]
-    if len(names) > MAX_ENTRIES or max(Counter(names).values(), default=0) > 1:
-        raise ModelError(f"{path} must have at most {MAX_ENTRIES} entries, each name once")
-    files = {name.partition("/")[2] for name in names}
-    if "constants.pkl" in files or "data.pkl" not in files:
-        kind = "a TorchScript program" if "constants.pkl" in files else "no torch checkpoint but perhaps a program"
-        raise RefusedError(f"{path} is {kind}: this version reads plain state dicts only")
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ModelError(f"{path} must hold its entries uncompressed, as torch writes them")
-
-
-def _network(state: Mapping[str, Tensor], arch: str | None, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], int]:
-    """Return a network for ``state``, the description that rebuilds it and its usual input size."""
-    shapes = shapes_of(state)
+def _network(
+    state: Mapping[str, Tensor], arch: str | None, kwargs: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
+    """Return a network for ``state``, the state under the network's names, and the description that rebuilds it."""
+    renamings = list(candidates(state))
     if arch is not None and is_reference(arch):
         make, digest = import_factory(arch)
-        return call_factory(make), {"factory": {"ref": arch, "sha256": digest}}, 32
+        net = call_factory(make)
+        own = set(shapes_of(net.state_dict()))
+        fitting = (new for new in renamings if {n for n in new.values() if not n.endswith(COUNTERS)} == own)
+        return net, _renamed(state, next(fitting, renamings[-1])), {"factory": {"ref": arch, "sha256": digest}}
     if arch is None:
-        found = recognise(shapes)
-        if not found:
-            near = nearest(shapes)
-            raise ModelError(f"no known architecture has these weights (nearest: {near}): name it, --arch NAME or file.py:make")
+        arch, found, renaming = recognised(state)
+        kwargs = {**found, **kwargs}
+    else:
+        renaming = next((new for new in renamings if _fits(arch, shapes_of(_renamed(state, new)), kwargs)), renamings[-1])
+    state = _renamed(state, renaming)
+    kwargs = resolve(arch, fit(arch, shapes_of(state), kwargs))
+    return skeleton(arch, kwargs), state, {"name": arch, "kwargs": kwargs}
+
+
+def recognised(tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """Return the architecture that has weights of these names and shapes.
+
+    Args:
+        tensors: Name -> anything with a ``shape``.
+
+    Returns:
+        Its name, its arguments, and its own names by those of the file.
+
+    Raises:
+        ModelError: There is none, or more than one.
+    """
+    renamings = list(candidates(tensors))
+    for renaming in renamings:
+        found = recognise(shapes_of(_renamed(tensors, renaming)))
         if len(found) > 1:
             raise ModelError(f"these weights fit {' and '.join(name for name, _ in found)}: choose with --arch NAME")
-        arch = found[0][0]
-    kwargs = resolve(arch, fit(arch, shapes, kwargs))
-    return (
-        skeleton(arch, kwargs),
-        {"name": arch, "kwargs": kwargs},
-        kwargs.get("input_size", architecture(arch).input_size),
+        if found:
+            return *found[0], renaming
+    near = nearest(shapes_of(_renamed(tensors, renamings[-1])))
+    raise ModelError(
+        f"no known architecture has these weights (nearest: {near}): name it, --arch NAME, timm:NAME, torchvision:NAME "
+        "or file.py:make"
     )
+
+
+def _fits(arch: str, shapes: Shapes, kwargs: Mapping[str, Any]) -> bool:
+    return shapes_of(skeleton(arch, resolve(arch, fit(arch, shapes, kwargs))).state_dict()) == shapes
+
+
+def _renamed(state: Mapping[str, T], renaming: Mapping[str, str]) -> dict[str, T]:
+    return {renaming[name]: tensor for name, tensor in state.items()}
+
+
+def _usual(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what images an architecture is usually given, where nobody says."""
+    name = description.get("name")
+    if name is None:
+        return {"input_size": (32, 32), "mean": None, "std": None}
+    if is_external(name):
+        from ..models.external import usual_input
+
+        size, mean, std = usual_input(name) or ((224, 224), None, None)
+        return {"input_size": size, "mean": mean, "std": std}
+    size = description["kwargs"].get("input_size", architecture(name).input_size)
+    return {"input_size": (size, size), "mean": None, "std": None}
+
+
+def _beside(reading: Reading) -> dict[str, Any]:
+    """Return what stands beside the weights and matters here: the size of the images."""
+    facts = reading.contents.facts if reading.contents else {}
+    return {"input_size": facts["input_size"]} if "input_size" in facts else {}
+
+
+def _sides(size: tuple[int, int] | int | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _in_channels(net: nn.Module) -> int:
     """Return the input channels of the first convolution; 3 when there is none."""
     return next((module.in_channels for module in net.modules() if isinstance(module, nn.Conv2d)), 3)
+
+
+def _answers_probabilities(model: Classifier) -> bool:
+    """Whether the network ends in a softmax, by its answers to two images of noise."""
+    x = torch.rand(2, *model.input_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        answers = model(x)
+    return bool((answers >= 0).all() and ((answers.sum(1) - 1).abs() < 1e-4).all()) and answers.shape[1] > 1
+
+
+def _tidy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def _origin(reading: Reading, loader: str) -> dict[str, Any]:
+    """Return what a record says of the file that a network came from."""
+    dangerous = [finding for finding in reading.findings if finding.rule in ("LOD-001", "LOD-002")]
+    return {
+        "path": show(reading.path),
+        "sha256": reading.sha256,
+        "format": reading.format,
+        "loader": loader,
+        "suspicious_globals": [finding.message.removeprefix("names ") for finding in dangerous],
+        "findings": [finding.record() for finding in reading.findings],
+    }

@@ -1,13 +1,34 @@
-"""Architectures, the classifier around them and the bundle on disk."""
+"""Architectures, the classifier around them and the bundle on disk.
+
+What needs torch loads on first use: a bundle's description can be read without it.
+"""
 
 from __future__ import annotations
 
-from ..architectures import ARCHITECTURES, Architecture, names
-from .bundle import load_bundle, load_masks, save
-from .description import read_arch
-from .registry import build, recognise
-from .wrapper import Classifier, core
+import importlib
+from typing import TYPE_CHECKING, Any
 
+from ..architectures import ARCHITECTURES, Architecture, names
+from .description import read_arch
+
+if TYPE_CHECKING:
+    from .bundle import load_bundle as load_bundle
+    from .bundle import load_masks as load_masks
+    from .bundle import save as save
+    from .registry import build as build
+    from .registry import recognise as recognise
+    from .wrapper import Classifier as Classifier
+    from .wrapper import core as core
+
+_HOMES = {
+    "Classifier": "wrapper",
+    "build": "registry",
+    "core": "wrapper",
+    "load_bundle": "bundle",
+    "load_masks": "bundle",
+    "recognise": "registry",
+    "save": "bundle",
+}
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
@@ -21,3 +42,9 @@ __all__ = [
     "recognise",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

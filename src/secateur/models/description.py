@@ -10,8 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..architectures import is_external
 from ..errors import ModelError, unknown
-from .weights import read_bytes
+from .files import read_bytes
 
 FORMAT = 1
 MAX_BYTES = 16 * 2**20
@@ -64,7 +65,8 @@ def _check_network(arch: dict[str, Any]) -> None:
     _require(set(arch) == {"name", "kwargs", "factory"}, "arch", "an object with name, kwargs and factory")
     name, factory = arch["name"], arch["factory"]
     _require((name is None) != (factory is None), "arch", "one with either a name or a factory")
-    _require(name is None or _is_word(name), "arch.name", "a word")
+    ok = name is None or _is_word(name) or (isinstance(name, str) and is_external(name))
+    _require(ok, "arch.name", "a word, or one after timm: or torchvision:")
     for key, value in _record("arch.kwargs", arch["kwargs"]).items():
         ok = type(value) in (bool, float) or (type(value) is int and abs(value) < 2**31) or _is_word(value)
         _require(ok and _is_word(key), "arch.kwargs", "an object of numbers and words")

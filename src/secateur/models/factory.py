@@ -12,7 +12,7 @@ from typing import cast
 from torch import nn
 
 from ..errors import ModelError
-from .weights import one_line, read_bytes
+from .files import one_line, read_bytes
 
 
 def is_reference(text: str) -> bool:

@@ -1,6 +1,6 @@
 """From a name to a network, and the way back from a state dict's shapes to name and arguments.
 
-The table is `architectures.ARCHITECTURES`; families are imported on first use.
+The table is `architectures.ARCHITECTURES`; families are imported on first use, and so are the packages of `external`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import ARCHITECTURES, Architecture, architecture, resolve
+from ..architectures import ARCHITECTURES, Architecture, architecture, is_external, resolve
 from ..errors import ModelError
+from .external import build_external, infer_external, skeleton_external
 
 Shapes = Mapping[str, tuple[int, ...]]
 COUNTERS = "num_batches_tracked"  # batch-norm counters, which older checkpoints lack and inference never reads
@@ -42,12 +43,16 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     Raises:
         ModelError: Unknown name or argument, or an argument outside its range.
     """
+    if is_external(name):
+        return build_external(name, kwargs)
     row = architecture(name)
     return builder(row)(**row.fixed, **resolve(name, kwargs))
 
 
 def skeleton(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     """Build an architecture on the meta device: names and shapes without memory or random draws."""
+    if is_external(name):
+        return skeleton_external(name, kwargs)
     with torch.device("meta"):
         return build(name, **kwargs)
 
@@ -75,7 +80,7 @@ def recognise(shapes: Shapes) -> list[tuple[str, dict[str, Any]]]:
 def fit(name: str, shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments for ``name`` that follow the shapes as far as its family can read them; ``given`` ones win."""
     row = architecture(name)
-    inferred = infer(row, shapes) or {}
+    inferred = infer_external(name, shapes) if is_external(name) else infer(row, shapes) or {}
     return {key: value for key, value in inferred.items() if key not in row.fixed} | dict(given)
 
 

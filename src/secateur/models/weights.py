@@ -12,22 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..state import evaluating
+from .files import one_line, read_bytes
 from .registry import COUNTERS, Shapes, shapes_of
-
-MAX_BYTES = 8 * 2**30
-
-
-def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """Return the content of a regular file of at most ``limit`` bytes."""
-    if not path.is_file():
-        raise ModelError(f"{path} must be a file, found {'a folder' if path.is_dir() else 'none'}")
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise ModelError(f"{path} must have at most {limit} bytes, got {size}")
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -91,11 +77,6 @@ def count_outputs(net: nn.Module, input_shape: tuple[int, int, int]) -> int:
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise ModelError(f"the network must return logits (batch, classes), got {getattr(logits, 'shape', type(logits))}")
     return logits.shape[1]
-
-
-def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:

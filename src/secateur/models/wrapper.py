@@ -22,6 +22,7 @@ class Classifier(nn.Module):
         input_shape: Shape of one image, ``(c, h, w)``.
         arch: ``name`` and ``kwargs`` for `registry.build`, or the ``factory`` (``ref``, ``sha256``) of a user's code.
         channels: Site -> original indices of the channels kept, for a network made smaller than ``arch`` says.
+        origin: What a record says of the file it came from (path, sha256, format, loader, findings); None when made here.
     """
 
     mean: Tensor
@@ -47,6 +48,7 @@ class Classifier(nn.Module):
         self.classes = tuple(classes)
         self.input_shape = input_shape
         self.arch = {"name": None, "kwargs": {}, "factory": None} | dict(arch or {})
+        self.origin: Mapping[str, Any] | None = None
         self.channels = {site: list(kept) for site, kept in (channels or {}).items()}
 
     def forward(self, x: Tensor) -> Tensor:

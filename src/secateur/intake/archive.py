@@ -1,0 +1,159 @@
+"""Zip archives as torch writes them, and no others: every reader must see the same entries in them.
+
+Python's ``zipfile`` reads the directory. What readers disagree about is refused: data before or after the archive, names that
+differ between directory and entry, names given twice, entries that overlap, compression.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+
+from ..errors import ModelError
+
+MAX_ENTRIES = 100_000
+MAX_DIRECTORY = 16 * 2**20
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+END = struct.Struct("<4s4H2LH")
+DESCRIPTOR = 24  # bytes that may follow an entry's data
+ENCRYPTED = 0x1 | 0x40 | 0x2000
+STORED = zipfile.ZIP_STORED
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file in an archive."""
+
+    start: int
+    size: int
+    method: int
+    crc: int
+
+
+@dataclass(frozen=True, eq=False)
+class Archive:
+    """A checked archive: entries by their names, without the folder that all of them are in."""
+
+    data: memoryview
+    entries: dict[str, Entry]
+
+    def read(self, name: str) -> memoryview:
+        """Return the bytes of an entry; `ModelError` when it is missing or compressed."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise ModelError(f"the archive has no entry {_show(name)}")
+        if entry.method != STORED:
+            raise ModelError("a checkpoint must hold its entries uncompressed, as torch writes them")
+        return self.data[entry.start : entry.start + entry.size]
+
+    def damaged(self) -> list[str]:
+        """Return the names of entries whose checksum does not match."""
+        return [
+            name for name, entry in self.entries.items() if entry.method == STORED and zlib.crc32(self.read(name)) != entry.crc
+        ]
+
+
+def open_archive(data: memoryview) -> Archive:
+    """Check a zip archive and return it; `ModelError` tells what is wrong with it."""
+    _check_end(data)
+    try:
+        with zipfile.ZipFile(_View(data)) as file:
+            infos, directory = file.infolist(), file.start_dir
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, IndexError) as error:
+        raise ModelError("a damaged zip archive") from error
+    if not 0 < len(infos) <= MAX_ENTRIES:
+        raise ModelError(f"a zip archive must have 1 to {MAX_ENTRIES} entries, got {len(infos)}")
+    found: dict[str, Entry] = {}
+    end = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        _check_name(info)
+        if info.filename in found:
+            raise ModelError(f"an archive must have each entry once, but {_show(info.filename)} is there twice")
+        start = _locate(data, info, end)
+        end = start + info.compress_size
+        found[info.filename] = Entry(start, info.compress_size, info.compress_type, info.CRC)
+    if not 0 <= directory - end <= DESCRIPTOR:
+        raise ModelError("a damaged zip archive: its entries and its directory do not follow each other")
+    roots = {name.partition("/")[0] for name in found}
+    if len(roots) == 1 and all("/" in name for name in found):
+        found = {name.partition("/")[2]: entry for name, entry in found.items()}
+    return Archive(data, found)
+
+
+def _check_end(data: memoryview) -> None:
+    tail = bytes(data[-END.size :])
+    if len(tail) < END.size or tail[:4] != b"PK\x05\x06" or END.unpack(tail)[-1] != 0:
+        raise ModelError("a zip archive must end where its directory ends: this one is cut, or something follows it")
+    if min(END.unpack(tail)[5], len(data)) > MAX_DIRECTORY and END.unpack(tail)[5] != 0xFFFFFFFF:
+        raise ModelError(f"a zip archive's directory must have at most {MAX_DIRECTORY} bytes")
+    wide = bytes(data[-END.size - 20 : -END.size])
+    if wide[:4] == b"PK\x06\x07":
+        place = struct.unpack("<Q", wide[8:16])[0]
+        record = bytes(data[place : place + 56]) if place < len(data) else b""
+        if len(record) == 56 and struct.unpack("<Q", record[40:48])[0] > MAX_DIRECTORY:
+            raise ModelError(f"a zip archive's directory must have at most {MAX_DIRECTORY} bytes")
+
+
+def _check_name(info: zipfile.ZipInfo) -> None:
+    name = info.orig_filename
+    parts = name.split("/")
+    if name != info.filename or len(name) > 1000 or "\\" in name or ".." in parts or parts[0] == "" or ":" in parts[0]:
+        raise ModelError(f"an entry's name must be a plain relative path, got {_show(name)}")
+    if info.flag_bits & ENCRYPTED:
+        raise ModelError(f"the entry {_show(name)} is encrypted; decrypt the archive first")
+
+
+def _locate(data: memoryview, info: zipfile.ZipInfo, end: int) -> int:
+    """Return where an entry's data starts; the entry before it ends at ``end``."""
+    offset = info.header_offset
+    if not 0 <= offset - end <= (DESCRIPTOR if end else 0):
+        raise ModelError("a zip archive must hold its entries one after another, and nothing else")
+    header = bytes(data[offset : offset + LOCAL_HEADER.size])
+    if len(header) < LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+        raise ModelError("a damaged zip archive: an entry is not where the directory says")
+    _, _, flags, method, *_, name_length, extra_length = LOCAL_HEADER.unpack(header)
+    start = offset + LOCAL_HEADER.size + name_length + extra_length
+    name = bytes(data[offset + LOCAL_HEADER.size : start - extra_length])
+    if name != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"):
+        raise ModelError(f"an entry must have one name, but {_show(info.filename)} has another one in its own header")
+    if flags & ENCRYPTED or method != info.compress_type:
+        raise ModelError(f"the entry {_show(info.filename)} is described in two ways")
+    if start + info.compress_size > len(data) or (method == STORED and info.compress_size != info.file_size):
+        raise ModelError(f"the entry {_show(info.filename)} is longer than the archive: the file is cut or lies")
+    return start
+
+
+def _show(name: str) -> str:
+    return ascii(name if len(name) <= 100 else name[:100] + "...")
+
+
+class _View(io.RawIOBase):
+    """A memory as a file, without a copy."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data, self.place = data, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        place = offset + (0, self.place, len(self.data))[whence]
+        if place < 0:
+            raise OSError("before the start")
+        self.place = place
+        return place
+
+    def read(self, size: int | None = -1) -> bytes:
+        stop = len(self.data) if size is None or size < 0 else self.place + size
+        found = bytes(self.data[self.place : stop])
+        self.place += len(found)
+        return found

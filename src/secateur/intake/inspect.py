@@ -1,0 +1,167 @@
+"""What a file is and what speaks against it, as far as that can be told without running anything from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ModelError, RefusedError
+from .findings import Finding
+from .pickles import Record
+from .reading import Reading, admit, read
+from .tensors import Stored
+
+Verdict = Literal["readable", "refused", "unusable"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file.
+
+    Attributes:
+        name: As in the file.
+        dtype: As torch spells it.
+        shape: Its sizes.
+        nonfinite: How many values are NaN or infinite; None when that was not looked at.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nonfinite: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        path: The file or folder.
+        format: By content.
+        size: Bytes of weights.
+        sha256: Of the file.
+        weights_sha256: Of names, types, shapes and values alone: the same in whatever container; None when not all were read.
+        verdict: ``readable``; ``refused``: the file is a program or names dangerous objects; ``unusable``: there are no
+            weights in it that can be used.
+        why: The reason, unless it is readable.
+        findings: What was noticed, worst first.
+        globals: Objects that a pickle names.
+        tensors: The weights.
+        architecture: ``name`` and ``kwargs`` of the zoo's network that has these weights; None when there is none.
+        unmatched: Why there is none, if so.
+        layers: Class of each layer, when a network was pickled whole.
+        facts: What else the file says.
+    """
+
+    path: str
+    format: str
+    size: int
+    sha256: str
+    weights_sha256: str | None
+    verdict: Verdict
+    why: str | None
+    findings: tuple[Finding, ...] = ()
+    globals: tuple[str, ...] = ()
+    tensors: tuple[TensorInfo, ...] = ()
+    architecture: Mapping[str, Any] | None = None
+    unmatched: str | None = None
+    layers: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all tensors."""
+        total = 0
+        for tensor in self.tensors:
+            count = 1
+            for side in tensor.shape:
+                count *= side
+            total += count
+        return total
+
+
+def inspect(path: str | Path, *, match: bool = True) -> Inspection:
+    """Look into a file or folder.
+
+    Args:
+        path: What to look into.
+        match: Whether to look for the architecture, which imports torch; nothing else does.
+
+    Raises:
+        ModelError: There is nothing there, it is no checkpoint, or it is too damaged to say anything about.
+    """
+    reading = read(path)
+    verdict, why = _judge(reading)
+    weights = {} if reading.contents is None else reading.contents.tensors
+    tensors = tuple(_look(name, tensor) for name, tensor in weights.items())
+    spoilt = [tensor.name for tensor in tensors if tensor.nonfinite]
+    if spoilt:
+        more = f" and {len(spoilt) - 1} more" if len(spoilt) > 1 else ""
+        told = Finding("LOD-008", f"{spoilt[0][:60]!a}{more} hold NaN or infinite values", spoilt[0][:60])
+        reading = replace(reading, findings=(*reading.findings, told))
+    found = Inspection(
+        path=str(reading.path),
+        format=reading.format,
+        size=reading.size,
+        sha256=reading.sha256,
+        weights_sha256=_digest(weights),
+        verdict=verdict,
+        why=why,
+        findings=tuple(sorted(reading.findings, key=lambda finding: finding.rank, reverse=True)),
+        globals=reading.names,
+        tensors=tensors,
+        layers={} if reading.contents is None else {name: layer.kind for name, layer in reading.contents.layers.items()},
+        facts={**(reading.contents.facts if reading.contents else {}), **reading.facts},
+    )
+    if reading.format == "onnx":
+        from .onnxfile import read_onnx
+
+        found = replace(
+            found, tensors=tuple(TensorInfo(t.name, t.dtype, t.shape, t.nonfinite) for t in read_onnx(Path(path)).tensors)
+        )
+    return _match(found, reading) if match and verdict == "readable" else found
+
+
+def _judge(reading: Reading) -> tuple[Verdict, str | None]:
+    try:
+        admit(reading)
+    except RefusedError as error:
+        return "refused", str(error)
+    except ModelError as error:
+        return "unusable", str(error)
+    return "readable", None
+
+
+def _look(name: str, tensor: Stored | Record) -> TensorInfo:
+    if isinstance(tensor, Record):
+        return TensorInfo(name, "?", (), None)
+    return TensorInfo(name, tensor.dtype, tensor.shape, tensor.count_nonfinite())
+
+
+def _digest(weights: Mapping[str, Stored | Record]) -> str | None:
+    total = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        if not isinstance(tensor, Stored):
+            return None
+        total.update(repr((name, tensor.dtype, tensor.shape)).encode())
+        for block in tensor.blocks():
+            total.update(block.data)
+    return total.hexdigest() if weights else None
+
+
+def _match(found: Inspection, reading: Reading) -> Inspection:
+    if reading.format == "bundle":
+        return replace(found, architecture=reading.facts["arch"])
+    if reading.facts.get("arch"):
+        return replace(found, architecture={"name": reading.facts["arch"], "kwargs": reading.facts.get("kwargs", {})})
+    from .checkpoint import recognised
+
+    assert reading.contents is not None
+    try:
+        name, kwargs, _ = recognised({name: t for name, t in reading.contents.tensors.items() if isinstance(t, Stored)})
+    except ModelError as error:
+        return replace(found, unmatched=str(error))
+    return replace(found, architecture={"name": name, "kwargs": kwargs})

@@ -1,0 +1,156 @@
+"""What to think of a global that a pickle names.
+
+Nothing here is ever imported: the lists only decide what is worth telling, and what is reason to refuse a file. Of the
+standard library everything is dangerous that is not listed as harmless, because nearly any module of it can be bent into
+running code (``timeit``, ``pdb``, ``logging.config``, ``idlelib``, ...).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from .findings import Finding
+from .pickles import HIDDEN, Name
+
+Verdict = Literal["expected", "harmless", "unknown", "dangerous"]
+RULE: Mapping[Verdict, str] = {"dangerous": "LOD-001", "unknown": "LOD-002", "harmless": "LOD-003"}
+MAX_FINDINGS = 200
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# What tensors are made of: not worth a word.
+EXPECTED: Mapping[str, frozenset[str]] = {
+    "collections": _names("OrderedDict"),
+    "torch": _names(
+        "Size Tensor device float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex32 "
+        "complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz qint8 quint8 qint32 strided "
+        "DoubleStorage FloatStorage HalfStorage BFloat16Storage LongStorage IntStorage ShortStorage CharStorage ByteStorage "
+        "BoolStorage ComplexFloatStorage ComplexDoubleStorage QInt8Storage QUInt8Storage QInt32Storage"
+    ),
+    "torch.storage": _names("UntypedStorage TypedStorage _load_from_bytes"),
+    "torch.nn.parameter": _names("Parameter Buffer UninitializedParameter UninitializedBuffer"),
+    "torch.serialization": _names("_get_layout"),
+    "torch._tensor": _names("_rebuild_from_type_v2"),
+    "torch._utils": _names(
+        "_rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter _rebuild_parameter_with_state "
+        "_rebuild_sparse_tensor _rebuild_qtensor _rebuild_meta_tensor_no_storage _rebuild_device_tensor_from_numpy "
+        "_rebuild_device_tensor_from_cpu_tensor _rebuild_nested_tensor _rebuild_wrapper_subclass"
+    ),
+}
+HARMLESS: Mapping[str, frozenset[str]] = {
+    "builtins": _names("bool bytearray bytes complex dict float frozenset int list object range set slice str tuple"),
+    "collections": _names("Counter defaultdict deque"),
+    "argparse": _names("Namespace"),
+    "types": _names("SimpleNamespace"),
+    "pathlib": _names("Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath"),
+    "pathlib._local": _names("Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath"),
+    "datetime": _names("date datetime time timedelta timezone"),
+    "decimal": _names("Decimal"),
+    "fractions": _names("Fraction"),
+    "uuid": _names("UUID"),
+    "enum": _names("Enum IntEnum"),
+    "logging": _names("getLogger"),
+    "copyreg": _names("_reconstructor __newobj__"),
+    "_codecs": _names("encode"),
+    "numpy": _names("dtype ndarray"),
+    "numpy.core.multiarray": _names("_reconstruct scalar"),
+    "numpy._core.multiarray": _names("_reconstruct scalar"),
+    "numpy.core.numeric": _names("_frombuffer"),
+    "numpy._core.numeric": _names("_frombuffer"),
+    "torch.nn.functional": _names("relu relu6 gelu silu elu leaky_relu softmax log_softmax hardswish mish softplus"),
+    "torch.autograd.variable": _names("Variable"),
+}
+# Packages whose classes a pickled network or its training state is made of.
+HARMLESS_WITHIN = (
+    *(
+        "torch.nn.modules",
+        "torch.nn.parallel",
+        "torch.optim",
+        "torchvision.models",
+        "torchvision.ops",
+        "torchvision.transforms",
+    ),
+    *("timm.models", "timm.layers", "numpy.dtypes", "easydict", "yacs.config", "omegaconf", "addict"),
+    "secateur.models",
+)
+DANGEROUS_WITHIN = (
+    *(
+        "torch.hub",
+        "torch.jit",
+        "torch.serialization",
+        "torch.package",
+        "torch.utils",
+        "torch.fx",
+        "torch.export",
+        "torch.onnx",
+    ),
+    *("torch.distributed", "torch.multiprocessing", "torch.testing", "torch.library", "torch.ops", "torch.classes", "torch._C"),
+    *("torch._dynamo", "torch._inductor", "torch._ops", "torch._classes", "torch._jit_internal", "torch._functorch"),
+    *("torch._export", "torch._library", "torch._higher_order_ops", "torch._numpy", "torch._subclasses"),
+    *("numpy.testing", "numpy.f2py", "numpy.distutils", "numpy.ctypeslib", "numpy.lib", "numpy.load", "numpy.save"),
+    *("pip", "setuptools", "pkg_resources", "wheel", "virtualenv", "conda", "pytest", "_pytest", "nose", "_distutils_hack"),
+    *("dill", "cloudpickle", "joblib", "pathos", "multiprocess", "jsonpickle", "pandas", "sympy", "IPython", "ipykernel"),
+    *("requests", "urllib3", "aiohttp", "httpx", "paramiko", "fabric", "invoke", "sh", "pexpect", "plumbum", "psutil"),
+    *("cffi", "Cython", "numba", "jinja2", "mako", "werkzeug", "flask", "django", "tornado", "twisted", "gevent", "yaml"),
+    *("tensorflow", "keras", "mlflow", "fsspec", "huggingface_hub", "boto3", "botocore", "pydash", "secateur", "fickling"),
+)
+TORCH_FUNCTIONS = _names("load save compile hub jit ops classes package export fx utils serialization multiprocessing library")
+# Modules of other versions and systems than the one this runs on; `sys.stdlib_module_names` has the rest.
+OTHER_PYTHONS = _names(
+    "__builtin__ commands copy_reg cPickle popen2 os2 posix nt ntpath ce riscos asyncore asynchat smtpd imp lib2to3 distutils "
+    "pipes telnetlib nntplib crypt spwd cgi cgitb xdrlib sndhdr urllib2 httplib Queue thread UserDict exceptions _winreg "
+    "winreg _winapi msvcrt StringIO cStringIO md5 sets test Tkinter tkinter SocketServer BaseHTTPServer SimpleHTTPServer "
+    "CGIHTTPServer xmlrpclib ConfigParser dummy_thread dummy_threading formatter parser symbol binhex _bootlocale _pyrepl"
+)
+STANDARD_LIBRARY = sys.stdlib_module_names | OTHER_PYTHONS
+PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
+
+def judge(name: Name) -> Verdict:
+    """Return what to think of one global."""
+    if name == HIDDEN:
+        return "dangerous"
+    module = PYTHON2.get(name.module, name.module)
+    if name.name in EXPECTED.get(module, ()):
+        return "expected"
+    if name.name in HARMLESS.get(module, ()):
+        return "harmless"
+    path = name.name.split(".")
+    plain_class = len(path) == 1 and name.name.isidentifier() and name.name[0].isupper()
+    if plain_class and _within(module, HARMLESS_WITHIN):
+        return "harmless"
+    top = module.partition(".")[0]
+    if top in STANDARD_LIBRARY or not top or _within(module, DANGEROUS_WITHIN):
+        return "dangerous"
+    if len(path) > 1 and not all(part[:1].isupper() for part in path):  # not a class in a class, but a walk through modules
+        return "dangerous"
+    if name.name.startswith("__") or (module == "torch" and path[0] in TORCH_FUNCTIONS):
+        return "dangerous"
+    return "unknown"
+
+
+def _within(module: str, packages: Iterable[str]) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def findings(names: Iterable[Name], where: str = "") -> list[Finding]:
+    """Return a finding for every global that is worth one, the worst first, at most `MAX_FINDINGS`."""
+    found = [Finding(RULE[verdict], f"names {show(name)}", where) for name in names if (verdict := judge(name)) != "expected"]
+    found.sort(key=lambda finding: finding.rule)
+    if len(found) > MAX_FINDINGS:
+        rest = Finding(found[MAX_FINDINGS].rule, f"names {len(found) - MAX_FINDINGS} more objects of this kind or below", where)
+        found[MAX_FINDINGS:] = [rest]
+    return found
+
+
+def show(name: Name) -> str:
+    """Return a global as one short printable text."""
+    if name == HIDDEN:
+        return "a global that is computed while the pickle is read"
+    text = str(Name(PYTHON2.get(name.module, name.module), name.name))
+    return ascii(text if len(text) <= 100 else text[:100] + "...")[1:-1]

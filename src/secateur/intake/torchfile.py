@@ -1,0 +1,213 @@
+"""Files of ``torch.save``, zipped (since 1.6) and legacy, and bare pickles: read as plain data, tensors left where they are.
+
+The same reading serves `info`, `convert` and every other verb, so that what was looked at is what is used. It is tested against
+``torch.load``. Compressed entries, big-endian files and the tar files of torch before 0.1.10 are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ModelError
+from .archive import Archive
+from .pickles import MAX_BYTES, Call, Name, Pickle, Record, read_pickle
+from .tensors import DTYPES, Storage, Stored
+
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
+MAX_NESTED = 3
+STORAGES = {
+    **{"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64", "Int": "int32"},
+    **{"Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "ComplexFloat": "complex64"},
+    **{"ComplexDouble": "complex128"},
+}
+
+
+@dataclass(eq=False)
+class TorchFile:
+    """What a torch file holds.
+
+    Attributes:
+        value: Plain values with `Stored` tensors, or `Record` where something else stood; None when it was damaged.
+        names: Every global that is named anywhere in it.
+        problem: Why it could not be read to the end, if so. The globals seen until then count all the same.
+    """
+
+    value: Any = None
+    names: dict[Name, None] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def read_zipped(archive: Archive) -> TorchFile:
+    """Read a zipped torch file."""
+
+    def persistent(pid: Any) -> Storage:
+        storage = _storage(pid)
+        storage.fill(archive.read(f"data/{pid[2]}"))
+        return storage
+
+    def read(file: TorchFile) -> Any:
+        if "byteorder" in archive.entries and bytes(archive.read("byteorder")[:8]) != b"little":
+            raise ModelError("a checkpoint must be little-endian; save it again on such a machine")
+        content = _bounded(archive.read("data.pkl"))
+        found = _read(content, 0, file, persistent)
+        if found.end != len(content):
+            raise ModelError("something follows the pickle in data.pkl")
+        return found.value
+
+    return _attempt(read)
+
+
+def read_pickled(data: memoryview, nested: int = 0) -> TorchFile:
+    """Read a legacy torch file, or one bare pickle."""
+
+    def read(file: TorchFile) -> Any:
+        waiting: dict[str, Storage] = {}
+
+        def persistent(pid: Any) -> Any:
+            if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+                return pid[1]
+            storage = _storage(pid[:5] if isinstance(pid, tuple) and pid[5:] == (None,) else pid)
+            known = waiting.setdefault(str(pid[2]), storage)
+            if known.size != storage.size:
+                raise ModelError("a storage must have one size, but two are given")
+            return known
+
+        content = _bounded(data, legacy=True)
+        found = _read(content, 0, file, persistent, nested)
+        if found.value != MAGIC:
+            if found.end != len(data):
+                raise ModelError("something follows the pickle: other readers may see another file")
+            return found.value
+        values = []
+        for _ in range(4):
+            found = _read(content, found.end, file, persistent, nested)
+            values.append(found.value)
+        if values[0] != PROTOCOL or not isinstance(values[3], list):
+            raise ModelError("a damaged legacy checkpoint")
+        _fill(data, found.end, values[3], waiting)
+        return values[2]
+
+    return _attempt(read)
+
+
+def _attempt(read: Callable[[TorchFile], Any]) -> TorchFile:
+    file = TorchFile()
+    try:
+        file.value = read(file)
+    except ModelError as error:
+        file.problem = str(error)
+    return file
+
+
+def _read(content: bytes, start: int, file: TorchFile, persistent: Callable[[Any], Any], nested: int = 0) -> Pickle:
+    def load_from_bytes(arguments: tuple[Any, ...]) -> Any:
+        if nested >= MAX_NESTED or len(arguments) != 1 or not isinstance(arguments[0], bytes):
+            raise ModelError("a storage that is pickled by itself must be given as bytes")
+        inner = read_pickled(memoryview(arguments[0]), nested + 1)
+        file.names.update(inner.names)
+        if inner.problem:
+            raise ModelError(inner.problem)
+        return inner.value
+
+    calls = {**CALLS, Name("torch.storage", "_load_from_bytes"): load_from_bytes}
+    return read_pickle(content, start, calls=calls, persistent=persistent, names=file.names)
+
+
+def _bounded(data: memoryview, *, legacy: bool = False) -> bytes:
+    """Return the bytes of a pickle; a legacy file's weights follow its pickles, so its start is enough."""
+    if len(data) > MAX_BYTES and not legacy:
+        raise ModelError(f"a pickle must have at most {MAX_BYTES} bytes, got {len(data)}")
+    return bytes(data[:MAX_BYTES])
+
+
+def _storage(pid: Any) -> Storage:
+    """Return the storage that a persistent id describes: ``("storage", type, key, location, numel)``."""
+    if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or type(pid[4]) is not int:
+        raise ModelError("a persistent id must describe a tensor's storage")
+    _, kind, key, _, numel = pid
+    name = kind.name if isinstance(kind, Name) and kind.module in ("torch", "torch.storage", "torch.cuda") else ""
+    dtype = STORAGES.get(name.removesuffix("Storage"))
+    if not isinstance(key, str | int) or numel < 0 or (dtype is None and name != "UntypedStorage"):
+        raise ModelError(f"a tensor's storage must be of a known type, got {str(kind)[:60]!a}")
+    return Storage(numel * (DTYPES[dtype] if dtype else 1), dtype)
+
+
+def _fill(data: memoryview, place: int, keys: list[Any], waiting: dict[str, Storage]) -> None:
+    """Find the storages behind a legacy file's pickles: for each key eight bytes of length, then the values."""
+    for key in keys:
+        storage = waiting.pop(str(key), None)
+        if storage is None:
+            raise ModelError("a legacy checkpoint lists a storage that no tensor uses, so what follows cannot be told")
+        item = DTYPES[storage.dtype] if storage.dtype else 1
+        if int.from_bytes(data[place : place + 8], "little") * item != storage.size:
+            raise ModelError("a tensor's storage is not as long as it says: the file is cut or lies")
+        storage.fill(data[place + 8 :])
+        place += 8 + storage.size
+    if waiting:
+        raise ModelError("a legacy checkpoint must hold all storages that its tensors use")
+    if place != len(data):
+        raise ModelError("something follows the weights: other readers may see another file")
+
+
+def _tensor(place: tuple[Any, ...], dtype: Any = None) -> Stored:
+    storage, offset, shape, stride = place
+    if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
+        raise ModelError("a tensor must be made of a storage, an offset, sizes and strides")
+    kind = dtype.name if isinstance(dtype, Name) else storage.dtype
+    return Stored(str(kind), shape, stride, offset, storage)
+
+
+def _rebuild_v2(arguments: tuple[Any, ...]) -> Any:
+    return _tensor(_first(arguments, 4))
+
+
+def _rebuild_v3(arguments: tuple[Any, ...]) -> Any:
+    return _tensor(arguments[:4], _first(arguments, 7)[6])
+
+
+def _rebuild_type(arguments: tuple[Any, ...]) -> Any:
+    function, _, inner = _first(arguments, 3)
+    if not isinstance(function, Name) or function not in CALLS or not isinstance(inner, tuple):
+        return Record(Name("torch._tensor", "_rebuild_from_type_v2"), arguments)
+    return CALLS[function](inner)
+
+
+def _given(arguments: tuple[Any, ...]) -> Any:
+    return _first(arguments, 1)[0]
+
+
+def _ordered(arguments: tuple[Any, ...]) -> Any:
+    if not arguments or not isinstance(arguments[0], list):
+        return {}
+    pairs = arguments[0]
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise ModelError("an ordered dictionary must be made of pairs")
+    return {pair[0]: pair[1] for pair in pairs}
+
+
+def _size(arguments: tuple[Any, ...]) -> Any:
+    return arguments[0] if arguments and isinstance(arguments[0], tuple) else ()
+
+
+def _first(arguments: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    if len(arguments) < count:
+        raise ModelError(f"a tensor must be made of at least {count} values, got {len(arguments)}")
+    return arguments[:count]
+
+
+CALLS: dict[Name, Call] = {
+    Name("collections", "OrderedDict"): _ordered,
+    Name("torch", "Size"): _size,
+    Name("torch._utils", "_rebuild_tensor"): _rebuild_v2,
+    Name("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
+    Name("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
+    Name("torch._utils", "_rebuild_parameter"): _given,
+    Name("torch._utils", "_rebuild_parameter_with_state"): _given,
+    Name("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _given,
+    Name("torch._tensor", "_rebuild_from_type_v2"): _rebuild_type,
+    Name("torch.nn.parameter", "Parameter"): _given,
+    Name("torch.nn.parameter", "Buffer"): _given,
+}
