@@ -23,8 +23,8 @@ from .findings import Finding
 from .tensors import DTYPES, Storage, Stored
 
 MAX_BYTES = 2**31 - 1  # protobuf's own limit
-MAX_FIELDS = 2_000_000
-MAX_PACKED = 256 * 2**20  # bytes of packed whole numbers, each of which may take eight in memory
+MAX_FIELDS = 1_000_000
+MAX_PACKED = 64 * 2**20  # bytes of packed whole numbers, each of which may take eight in memory
 MAX_DEPTH = 60  # messages inside messages; a subgraph is three deeper than its graph
 MAX_NESTED = 16
 MAX_TENSORS = 100_000
@@ -32,6 +32,7 @@ MAX_DIMENSIONS = 25
 MAX_LOOKED_AT = 4 * 2**30  # bytes of files beside the model that are searched for NaN
 MAX_SHOWN = 200
 BLOCK = 2**24
+NO_MESSAGE = "it is cut short, or its bytes are not those of a protobuf message"
 
 KINDS: Mapping[int, tuple[str, int, str]] = {  # type in the file -> torch's name, bits, and the field when not raw
     1: ("float32", 32, "float_data"),
@@ -66,7 +67,7 @@ WIDTHS = {"float_data": "<f4", "double_data": "<f8", "int64_data": "<i8", "uint6
 STANDARD = ("ai.onnx", "com.microsoft")
 OPAQUE = re.compile(r"py(thon)?(custom)?(op|func)(grad)?|aten(op)?|epcontext", re.IGNORECASE)
 HEAD = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}  # fields of a model and their wire types
-TEXTS = (2, 3, 4)
+TEXTS = (2, 3, 4, 6)  # of the producer, and a description
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,13 @@ def looks_like_onnx(head: bytes) -> bool:
         number = tag >> 3
         if HEAD.get(number) != tag & 7 or (number == 1 and not 0 < value < 100):
             return False
-        if number in TEXTS and (value > 1000 or not _is_text(head[after : after + value])):
+        inner = head[after : after + value] if tag & 7 == 2 else b""
+        if number in TEXTS:
+            text = inner.decode("utf-8", "ignore")
+            plain = text.isprintable() and value <= 1000 if number != 6 else "\0" not in text
+        else:
+            plain = not inner or (inner[0] & 7 in (0, 2) and inner[0] >> 3 > 0)
+        if not plain:
             return False
         seen.append(number)
         at = after + (value if tag & 7 == 2 else 0)
@@ -161,17 +168,15 @@ def _parse(library: Any, data: bytes) -> Any:
 
 
 def _check_wire(data: bytes, descriptor: Any) -> None:
-    """Raise `ModelError` for broken or oversized structure, without building any of it."""
-    shapes: dict[Any, tuple[dict[int, Any], set[int]]] = {}
+    """Raise `ModelError` for broken or oversized structure, and `UnicodeError` for texts that are none, before it is built."""
+    shapes: dict[Any, _Shape] = {}
     fields = packed = 0
     waiting = [(0, len(data), descriptor, 0)]
     while waiting:
         at, end, kind, depth = waiting.pop()
         if depth > MAX_DEPTH:
             raise ModelError(f"it is nested more than {MAX_DEPTH} levels deep")
-        if kind not in shapes:
-            shapes[kind] = _shape(kind)
-        messages, numbers = shapes[kind]
+        shape = shapes.setdefault(kind, _Shape.of(kind))
         while at < end:
             fields += 1
             tag, at = _varint(data, at, end)
@@ -180,26 +185,37 @@ def _check_wire(data: bytes, descriptor: Any) -> None:
                 _, at = _varint(data, at, end)
             elif wire == 2:
                 size, at = _varint(data, at, end)
-                if number in messages:
-                    waiting.append((at, at + size, messages[number], depth + 1))
-                elif number in numbers:
+                if number in shape.messages and size:
+                    waiting.append((at, at + size, shape.messages[number], depth + 1))
+                elif number in shape.texts:
+                    data[at : at + size].decode()
+                elif number in shape.numbers:
                     packed += size
                 at += size
             elif wire in (1, 5):
                 at += 8 if wire == 1 else 4
-            else:
-                raise ModelError("its bytes are not those of a protobuf message")
-            if at > end or number == 0:
-                raise ModelError("it is cut short, or its bytes are not those of a protobuf message")
-        if fields > MAX_FIELDS or packed > MAX_PACKED:
-            raise ModelError(f"it must have at most {MAX_FIELDS} fields and {MAX_PACKED} bytes of packed numbers")
+            if at > end or number == 0 or wire not in (0, 1, 2, 5):
+                raise ModelError(NO_MESSAGE)
+            if fields > MAX_FIELDS or packed > MAX_PACKED:
+                raise ModelError(f"it must have at most {MAX_FIELDS} fields and {MAX_PACKED} bytes of packed numbers")
 
 
-def _shape(descriptor: Any) -> tuple[dict[int, Any], set[int]]:
-    """Return which fields of a message hold messages, and which may hold packed numbers of varying size."""
-    fields = descriptor.fields
-    messages = {item.number: item.message_type for item in fields if item.message_type is not None}
-    return messages, {item.number for item in fields if item.type in (3, 4, 5, 13, 14)}
+@dataclass(frozen=True)
+class _Shape:
+    """Which fields of a message hold messages, texts, and numbers that may be packed and vary in size."""
+
+    messages: Mapping[int, Any]
+    texts: frozenset[int]
+    numbers: frozenset[int]
+
+    @classmethod
+    def of(cls, descriptor: Any) -> _Shape:
+        fields = descriptor.fields
+        return cls(
+            {item.number: item.message_type for item in fields if item.message_type is not None},
+            frozenset(item.number for item in fields if item.type == item.TYPE_STRING),
+            frozenset(item.number for item in fields if item.cpp_type in (1, 2, 3, 4, 8)),
+        )
 
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
@@ -211,7 +227,7 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-    raise ModelError("it is cut short, or its bytes are not those of a protobuf message")
+    raise ModelError(NO_MESSAGE)
 
 
 @dataclass
@@ -261,7 +277,7 @@ class _Reader:
 
     def _tensor(self, name: str, tensor: Any) -> OnnxTensor:
         """Check one tensor against the bytes that are there."""
-        shown, shape = _show(name), tuple(tensor.dims)
+        shown, shape = _show(name), tuple(tensor.dims[: MAX_DIMENSIONS + 1])
         if len(shape) > MAX_DIMENSIONS or any(side < 0 for side in shape):
             raise ModelError(f"the tensor {shown!r} must have at most {MAX_DIMENSIONS} sizes, each from 0 up")
         if tensor.HasField("segment") or sum(map(bool, _places(tensor))) > 1:
@@ -447,10 +463,6 @@ def _operator(node: Any) -> str:
 
 def _is_standard(domain: str) -> bool:
     return domain == "" or any(domain == known or domain.startswith(f"{known}.") for known in STANDARD)
-
-
-def _is_text(data: bytes) -> bool:
-    return data.decode("utf-8", "ignore").isprintable()
 
 
 def _show(text: str) -> str:

@@ -37,10 +37,10 @@ NEEDED = "needs a sandbox: install bubblewrap, or use Linux >= 5.13 with Landloc
 WORKER = Path(__file__).resolve().with_name("sandbox_worker.py")
 PACKAGE = WORKER.parents[1]
 SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/sys/devices/system/cpu")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+KERNEL = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", "/proc/cpuinfo")  # bubblewrap makes its own
 ENVIRONMENT = {
     **{"HOME": "/tmp", "USER": "nobody", "LOGNAME": "nobody", "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"},
-    **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_KERNEL": ""},
     "TORCHINDUCTOR_CACHE_DIR": "/tmp",  # torch makes this folder when it imports its exporter; this one is there
 }
 INSIDE = "/input/file"  # where bubblewrap shows the file
@@ -342,12 +342,12 @@ def _python(settings: dict[str, Any]) -> list[str]:
 def _bubblewrap(settings: dict[str, Any]) -> list[str]:
     """Return the command that runs the worker where only what it imports and the file exist, all of it read-only."""
     command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
-    command += ["--cap-drop", "ALL"]
+    command += ["--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]  # first: Python may be in /tmp
     for name, value in ENVIRONMENT.items():
         command += ["--setenv", name, value]
     for path in settings["readable"]:
-        command += [] if path in DEVICES else ["--ro-bind", path, path]
-    command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--ro-bind", settings["input"], INSIDE]
+        command += [] if path in KERNEL else ["--ro-bind", path, path]
+    command += ["--ro-bind", settings["input"], INSIDE]
     for folder in ("/dev", "/tmp", "/"):
         command += ["--remount-ro", folder]
     command += ["--chdir", "/tmp", "--info-fd", str(settings["info"]), "--"]
@@ -375,4 +375,4 @@ def _readable() -> list[str]:
             raise RefusedError(
                 f"a sandbox must keep the home folder out, but {folder} holds it and Python: use another environment"
             )
-    return [path for path in dict.fromkeys([*SYSTEM, *DEVICES, *own]) if os.path.exists(path)]
+    return [path for path in dict.fromkeys([*SYSTEM, *KERNEL, *own]) if os.path.exists(path)]

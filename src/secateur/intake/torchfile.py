@@ -192,6 +192,21 @@ def _size(arguments: tuple[Any, ...]) -> Any:
     return arguments[0] if arguments and isinstance(arguments[0], tuple) else ()
 
 
+def _encode(arguments: tuple[Any, ...]) -> Any:
+    """``bytes``, as protocols before 3 write them."""
+    text, encoding = (*arguments, None)[:2] if arguments else (None, None)
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        return Record(Name("_codecs", "encode"), arguments)
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError as error:
+        raise ModelError("bytes in an old pickle must be written as Latin-1") from error
+
+
+def _bytes(arguments: tuple[Any, ...]) -> Any:
+    return Record(Name("builtins", "bytes"), arguments) if arguments else b""
+
+
 def _first(arguments: tuple[Any, ...], count: int) -> tuple[Any, ...]:
     if len(arguments) < count:
         raise ModelError(f"a tensor must be made of at least {count} values, got {len(arguments)}")
@@ -200,6 +215,9 @@ def _first(arguments: tuple[Any, ...], count: int) -> tuple[Any, ...]:
 
 CALLS: dict[Name, Call] = {
     Name("collections", "OrderedDict"): _ordered,
+    Name("_codecs", "encode"): _encode,
+    Name("__builtin__", "bytes"): _bytes,
+    Name("builtins", "bytes"): _bytes,
     Name("torch", "Size"): _size,
     Name("torch._utils", "_rebuild_tensor"): _rebuild_v2,
     Name("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
