@@ -127,7 +127,7 @@ def _walk(module: Record, prefix: str, layers: dict[str, Layer], above: set[int]
         raise ModelError("a pickled network must not contain itself, nor be deeper than 64 layers")
     state = module.state
     hidden = state.get("_non_persistent_buffers_set")
-    passed = set(map(str, hidden.entries)) if isinstance(hidden, Record) else set()
+    passed = {name for name in _members(hidden) if isinstance(name, str)}
     layers[prefix.removesuffix(".")] = Layer(str(class_of(module) or "?"), _settings(state))
     for part in ("_parameters", "_buffers"):
         for name, value in _items(state.get(part)).items():
@@ -136,6 +136,14 @@ def _walk(module: Record, prefix: str, layers: dict[str, Layer], above: set[int]
     for name, inner in _items(state["_modules"]).items():
         if isinstance(name, str) and _is_module(inner):
             yield from _walk(inner, f"{prefix}{name}.", layers, above | {id(module)})
+
+
+def _members(value: Any) -> list[Any]:
+    """Return what a described set holds, in the form of either protocol."""
+    if not isinstance(value, Record):
+        return []
+    first = value.arguments[0] if value.arguments else None
+    return [*value.entries, *(first if isinstance(first, list) else ())]
 
 
 def _settings(state: Mapping[str, Any]) -> dict[str, Any]:

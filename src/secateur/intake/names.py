@@ -92,14 +92,17 @@ DANGEROUS_WITHIN = (
     *("torch.distributed", "torch.multiprocessing", "torch.testing", "torch.library", "torch.ops", "torch.classes", "torch._C"),
     *("torch._dynamo", "torch._inductor", "torch._ops", "torch._classes", "torch._jit_internal", "torch._functorch"),
     *("torch._export", "torch._library", "torch._higher_order_ops", "torch._numpy", "torch._subclasses"),
-    *("numpy.testing", "numpy.f2py", "numpy.distutils", "numpy.ctypeslib", "numpy.lib", "numpy.load", "numpy.save"),
+    *("numpy.testing", "numpy.f2py", "numpy.distutils", "numpy.ctypeslib", "numpy.lib"),
     *("pip", "setuptools", "pkg_resources", "wheel", "virtualenv", "conda", "pytest", "_pytest", "nose", "_distutils_hack"),
     *("dill", "cloudpickle", "joblib", "pathos", "multiprocess", "jsonpickle", "pandas", "sympy", "IPython", "ipykernel"),
     *("requests", "urllib3", "aiohttp", "httpx", "paramiko", "fabric", "invoke", "sh", "pexpect", "plumbum", "psutil"),
     *("cffi", "Cython", "numba", "jinja2", "mako", "werkzeug", "flask", "django", "tornado", "twisted", "gevent", "yaml"),
     *("tensorflow", "keras", "mlflow", "fsspec", "huggingface_hub", "boto3", "botocore", "pydash", "secateur", "fickling"),
 )
-TORCH_FUNCTIONS = _names("load save compile hub jit ops classes package export fx utils serialization multiprocessing library")
+DANGEROUS_FUNCTIONS: Mapping[str, frozenset[str]] = {
+    "torch": _names("load save compile hub jit ops classes package export fx utils serialization multiprocessing library"),
+    "numpy": _names("load save savez savez_compressed savetxt loadtxt genfromtxt fromfile fromregex memmap DataSource"),
+}
 # Modules of other versions and systems than the one this runs on; `sys.stdlib_module_names` has the rest.
 OTHER_PYTHONS = _names(
     "__builtin__ commands copy_reg cPickle popen2 os2 posix nt ntpath ce riscos asyncore asynchat smtpd imp lib2to3 distutils "
@@ -129,7 +132,7 @@ def judge(name: Name) -> Verdict:
         return "dangerous"
     if len(path) > 1 and not all(part[:1].isupper() for part in path):  # not a class in a class, but a walk through modules
         return "dangerous"
-    if name.name.startswith("__") or (module == "torch" and path[0] in TORCH_FUNCTIONS):
+    if name.name.startswith("__") or path[0] in DANGEROUS_FUNCTIONS.get(module, ()):
         return "dangerous"
     return "unknown"
 

@@ -94,7 +94,7 @@ class OnnxFacts:
     Attributes:
         facts: Plain printable values by name, ready for JSON.
         tensors: Its tensors, those of subgraphs and functions included.
-        findings: What is noticed about it; values that are not finite are left to the reader of ``tensors``.
+        findings: What is noticed about it; values that are not finite are no finding, since exported graphs mask with -inf.
     """
 
     facts: Mapping[str, Any]
