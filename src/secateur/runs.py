@@ -26,6 +26,8 @@ from .errors import DataError, InconclusiveError, ModelError
 from .measure import Evaluation, cost, evaluate, predict
 from .methods import get, settings
 from .models import Classifier, build, core
+from .models.factory import call_factory, import_factory, is_reference
+from .models.weights import count_outputs
 from .prune.layers import prunable_layers
 from .state import generator, seeded
 from .train import OnStep, Recipe
@@ -140,10 +142,12 @@ def new_network(
     std: Sequence[float] | None = None,
     generator: torch.Generator,
 ) -> Classifier:
-    """Build an untrained network of the zoo for these images; mean and std are those of the images by default."""
-    chosen = {**(kwargs or {}), "classes": len(images.classes), "in_channels": images.shape[0]}
+    """Build an untrained network for these images: one of the zoo, or of a user's own ``file.py:make``.
+
+    Mean and std are those of the images by default.
+    """
     with seeded(generator):
-        net = build(arch, **chosen)
+        net, description = _own(arch, images) if is_reference(arch) else _of_the_zoo(arch, images, kwargs or {})
     pixels = images.x[:10_000].transpose(0, 1).flatten(1).double() / 255
     return Classifier(
         net,
@@ -151,8 +155,24 @@ def new_network(
         input_shape=images.shape,
         mean=mean or pixels.mean(dim=1).tolist(),
         std=std or pixels.std(dim=1).clamp_min(1e-3).tolist(),
-        arch={"name": arch, "kwargs": chosen},
+        arch=description,
     )
+
+
+def _of_the_zoo(arch: str, images: ImageSet, kwargs: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    chosen = {**kwargs, "classes": len(images.classes)}
+    if arch.partition(":")[0] != "torchvision":
+        chosen["in_channels"] = images.shape[0]
+    return build(arch, **chosen), {"name": arch, "kwargs": chosen}
+
+
+def _own(reference: str, images: ImageSet) -> tuple[torch.nn.Module, dict[str, Any]]:
+    make, digest = import_factory(reference)
+    net = call_factory(make)
+    outputs = count_outputs(net, images.shape)
+    if outputs != len(images.classes):
+        raise ModelError(f"{reference} must give one logit per class ({len(images.classes)}), got {outputs}")
+    return net, {"factory": {"ref": reference, "sha256": digest}}
 
 
 def train(
@@ -175,7 +195,7 @@ def train(
 
     Args:
         images: Training images.
-        arch: Name of the architecture (``secateur.models.names()``).
+        arch: Name of the architecture (``secateur.models.names()``), or ``file.py:make`` of the user's own code.
         kwargs: Its arguments, besides the number of classes and channels.
         recipe: How to train.
         mean: Per channel; that of the images by default.

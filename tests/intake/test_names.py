@@ -111,13 +111,27 @@ def test_lists_do_not_contradict_each_other():
 
 
 def test_findings_come_worst_first_and_bounded(monkeypatch):
-    told = findings([Name("argparse", "Namespace"), Name("a", "B"), Name("os", "system"), Name("torch", "Size")])
+    told = findings(dict.fromkeys([Name("argparse", "Namespace"), Name("a", "B"), Name("os", "system"), Name("torch", "Size")]))
     assert [finding.rule for finding in told] == ["LOD-001", "LOD-002", "LOD-003"]
     assert told[0].message == "names os.system"
     monkeypatch.setattr(names, "MAX_FINDINGS", 2)
-    told = findings([Name("a", f"B{i}") for i in range(10)])
+    told = findings(dict.fromkeys(Name("a", f"B{i}") for i in range(10)))
     assert len(told) == 3
     assert "8 more" in told[-1].message
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("touch x\n",), r"calls os.system('touch x\n')"),
+        (("x" * 100, 1, None), f"calls os.system('{'x' * 80}'..., 1, None)"),
+        ((Name("os", "popen"), [1], 2, 3), "calls os.system(os.popen, ..., 2, ...)"),
+        ((10**5000, b"\xff"), r"calls os.system(..., b'\xff')"),
+        (None, "names os.system"),
+    ],
+)
+def test_calls_are_shown_with_what_they_are_given(given, message):
+    assert findings({Name("os", "system"): given})[0].message == message
 
 
 def test_names_are_shown_on_one_printable_line():

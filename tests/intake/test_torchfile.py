@@ -111,7 +111,7 @@ def test_names_inside_nested_storages_are_seen(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(Outer(), 2))
     found = read(tmp_path / "a.pkl")
     assert "__builtin__.eval" in found.names
-    assert found.refusal == "names builtins.eval"
+    assert found.refusal == "calls builtins.eval('1')"
 
 
 def test_shared_storages_become_own_memory(tmp_path):

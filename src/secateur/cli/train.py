@@ -1,4 +1,4 @@
-"""``secateur train``: train a network from the zoo, for instance a victim on poisoned images."""
+"""``secateur train``: train a network of the zoo or of one's own, for instance a victim on poisoned images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def train(
     model_flags: ModelFlags = NO_MODEL_FLAGS,
     run_flags: RunFlags = NO_RUN_FLAGS,
 ) -> int:
-    """Train a network from the zoo and write it as a bundle.
+    """Train a network of the zoo, or one that file.py:make builds, and write it as a bundle.
 
     Args:
         data: Training images: FILE.npz, FILE.npz:train, a folder of class folders, CIFAR files, Parquet.
@@ -44,8 +44,8 @@ def train(
     """
     folder = fresh(output, overwrite=run_flags.overwrite) if output else None
     recipe, kwargs = _split(assignments(set))
-    if model_flags.arch is None or ":" in model_flags.arch:
-        raise MethodError("train needs --arch with a name of the zoo, e.g. --arch resnet20")
+    if model_flags.arch is None:
+        raise MethodError("train needs --arch with a name of the zoo, e.g. --arch resnet20, or with file.py:make")
     from .. import runs
     from ..data import load_data, load_trigger
     from ..models import save

@@ -224,8 +224,9 @@ def _usual(description: Mapping[str, Any]) -> dict[str, Any]:
     if is_external(name):
         from ..models.external import usual_input
 
-        size, mean, std = usual_input(name) or ((224, 224), None, None)
-        return {"input_size": size, "mean": mean, "std": std}
+        size, mean, std = usual_input(name, description["kwargs"]) or ((224, 224), None, None)
+        fits = mean is not None and len(mean) == description["kwargs"].get("in_channels", 3)
+        return {"input_size": size, "mean": mean if fits else None, "std": std if fits else None}
     size = description["kwargs"].get("input_size", architecture(name).input_size)
     return {"input_size": (size, size), "mean": None, "std": None}
 
@@ -265,6 +266,6 @@ def _origin(reading: Reading, loader: str) -> dict[str, Any]:
         "sha256": reading.sha256,
         "format": reading.format,
         "loader": loader,
-        "suspicious_globals": [finding.message.removeprefix("names ") for finding in dangerous],
+        "suspicious_globals": [finding.message.partition(" ")[2] for finding in dangerous],
         "findings": [finding.record() for finding in reading.findings],
     }

@@ -12,26 +12,9 @@ from ..errors import ModelError, RefusedError
 from .findings import Finding
 from .pickles import Record
 from .reading import Reading, admit, read
-from .tensors import Stored
+from .tensors import Stored, TensorInfo
 
 Verdict = Literal["readable", "refused", "unusable"]
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a file.
-
-    Attributes:
-        name: As in the file.
-        dtype: As torch spells it.
-        shape: Its sizes.
-        nonfinite: How many values are NaN or infinite; None when that was not looked at.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nonfinite: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +79,8 @@ def inspect(path: str | Path, *, match: bool = True) -> Inspection:
     reading = read(path)
     verdict, why = _judge(reading)
     weights = {} if reading.contents is None else reading.contents.tensors
-    tensors = tuple(_look(name, tensor) for name, tensor in weights.items())
-    spoilt = [tensor.name for tensor in tensors if tensor.nonfinite]
+    tensors = reading.described or tuple(_look(name, tensor) for name, tensor in weights.items())
+    spoilt = [tensor.name for tensor in tensors if tensor.nonfinite and reading.format != "onnx"]  # graphs mask with -inf
     if spoilt:
         more = f" and {len(spoilt) - 1} more" if len(spoilt) > 1 else ""
         told = Finding("LOD-008", f"{spoilt[0][:60]!a}{more} hold NaN or infinite values", spoilt[0][:60])
@@ -116,12 +99,6 @@ def inspect(path: str | Path, *, match: bool = True) -> Inspection:
         layers={} if reading.contents is None else {name: layer.kind for name, layer in reading.contents.layers.items()},
         facts={**(reading.contents.facts if reading.contents else {}), **reading.facts},
     )
-    if reading.format == "onnx":
-        from .onnxfile import read_onnx
-
-        found = replace(
-            found, tensors=tuple(TensorInfo(t.name, t.dtype, t.shape, t.nonfinite) for t in read_onnx(Path(path)).tensors)
-        )
     return _match(found, reading) if match and verdict == "readable" else found
 
 
@@ -163,5 +140,5 @@ def _match(found: Inspection, reading: Reading) -> Inspection:
     try:
         name, kwargs, _ = recognised({name: t for name, t in reading.contents.tensors.items() if isinstance(t, Stored)})
     except ModelError as error:
-        return replace(found, unmatched=str(error))
+        return replace(found, unmatched=f"{error}{'; ' + reading.facts['note'] if 'note' in reading.facts else ''}")
     return replace(found, architecture={"name": name, "kwargs": kwargs})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from .findings import Finding
 from .pickles import HIDDEN, Name
@@ -141,14 +141,36 @@ def _within(module: str, packages: Iterable[str]) -> bool:
     return any(module == package or module.startswith(package + ".") for package in packages)
 
 
-def findings(names: Iterable[Name], where: str = "") -> list[Finding]:
-    """Return a finding for every global that is worth one, the worst first, at most `MAX_FINDINGS`."""
-    found = [Finding(RULE[verdict], f"names {show(name)}", where) for name in names if (verdict := judge(name)) != "expected"]
+def findings(names: Mapping[Name, tuple[Any, ...] | None], where: str = "") -> list[Finding]:
+    """Return a finding for every global that is worth one, the worst first, at most `MAX_FINDINGS`.
+
+    Args:
+        names: Globals, with what they were called with.
+        where: Part of the file that they stand in.
+    """
+    verdicts: dict[Name, Verdict] = {name: judge(name) for name in names}
+    found = [Finding(RULE[v], _tell(name, names[name]), where) for name, v in verdicts.items() if v != "expected"]
     found.sort(key=lambda finding: finding.rule)
     if len(found) > MAX_FINDINGS:
         rest = Finding(found[MAX_FINDINGS].rule, f"names {len(found) - MAX_FINDINGS} more objects of this kind or below", where)
         found[MAX_FINDINGS:] = [rest]
     return found
+
+
+def _tell(name: Name, given: tuple[Any, ...] | None) -> str:
+    if given is None or judge(name) != "dangerous":
+        return f"names {show(name)}"
+    shown = ", ".join(map(_argument, given[:3])) + (", ..." if len(given) > 3 else "")
+    return f"calls {show(name)}({shown})"
+
+
+def _argument(value: Any) -> str:
+    """Return an argument of a call as short printable text; what is large or nested is left out."""
+    if isinstance(value, Name):
+        return show(value)
+    if isinstance(value, str | bytes):
+        return ascii(value[:80]) + ("..." if len(value) > 80 else "")
+    return ascii(value)[:80] if isinstance(value, bool | float | None) or (type(value) is int and abs(value) < 2**64) else "..."
 
 
 def show(name: Name) -> str:

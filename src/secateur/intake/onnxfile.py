@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import ModelError
 from ..models.files import one_line, read_bytes
 from .findings import Finding
-from .tensors import DTYPES, Storage, Stored
+from .tensors import DTYPES, Storage, Stored, TensorInfo
 
 MAX_BYTES = 2**31 - 1  # protobuf's own limit
 MAX_FIELDS = 1_000_000
@@ -71,23 +71,6 @@ TEXTS = (2, 3, 4, 6)  # of the producer, and a description
 
 
 @dataclass(frozen=True)
-class OnnxTensor:
-    """A tensor of the graph.
-
-    Attributes:
-        name: Its name, or that of the node and attribute that hold it.
-        dtype: As torch spells it, e.g. ``float32``.
-        shape: Its sizes.
-        nonfinite: How many values are NaN or infinite; None when they were not looked at.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nonfinite: int | None
-
-
-@dataclass(frozen=True)
 class OnnxFacts:
     """What an ONNX file says.
 
@@ -98,7 +81,7 @@ class OnnxFacts:
     """
 
     facts: Mapping[str, Any]
-    tensors: tuple[OnnxTensor, ...]
+    tensors: tuple[TensorInfo, ...]
     findings: tuple[Finding, ...]
 
 
@@ -275,7 +258,7 @@ class _Reader:
             self.findings.append(Finding("LOD-002", text))
         return custom
 
-    def _tensor(self, name: str, tensor: Any) -> OnnxTensor:
+    def _tensor(self, name: str, tensor: Any) -> TensorInfo:
         """Check one tensor against the bytes that are there."""
         shown, shape = _show(name), tuple(tensor.dims[: MAX_DIMENSIONS + 1])
         if len(shape) > MAX_DIMENSIONS or any(side < 0 for side in shape):
@@ -287,7 +270,7 @@ class _Reader:
             self.findings.append(Finding("LOD-010", f"a tensor is of the type {tensor.data_type}, which is not read", shown))
             if outside:
                 self._beside(shown, tensor, None)
-            return OnnxTensor(shown, f"onnx type {tensor.data_type}", shape, None)
+            return TensorInfo(shown, f"onnx type {tensor.data_type}", shape, None)
         dtype, bits, typed = KINDS[tensor.data_type]
         count = math.prod(shape)
         if outside and dtype == "string":
@@ -302,7 +285,7 @@ class _Reader:
             units = math.ceil(count * bits / 8) if 0 < bits < 8 else count * (2 if "complex" in dtype else 1)
             _same(shown, "values", units, sum(len(getattr(tensor, other)) for other in FIELDS), len(values))
             nonfinite = _nonfinite_values(dtype, typed, values)
-        return OnnxTensor(shown, dtype, shape, nonfinite)
+        return TensorInfo(shown, dtype, shape, nonfinite)
 
     def _beside(self, shown: str, tensor: Any, wanted: tuple[str, int] | None) -> int | None:
         """Look at values in a file beside the model; None when that was not done."""

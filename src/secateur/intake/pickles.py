@@ -16,6 +16,7 @@ from ..errors import ModelError
 
 MAX_OPCODES = 1_000_000
 MAX_BYTES = 256 * 2**20
+FRAME_HEADER = 9  # bytes of the opcode FRAME with its argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Record:
 
 
 Call = Callable[[tuple[Any, ...]], Any]
+Names = dict[Name, tuple[Any, ...] | None]
 HIDDEN = Name("?", "?")  # a global whose name is computed, or kept outside the pickle
 
 
@@ -58,12 +60,12 @@ class Pickle:
 
     Attributes:
         value: Plain Python values, `Name`, `Record`, and what ``calls`` and ``persistent`` returned.
-        names: Every global, in the order of first appearance.
+        names: Every global, in the order of first appearance, with what it was first called with, if it was called.
         end: Position after the pickle.
     """
 
     value: Any
-    names: tuple[Name, ...]
+    names: Names
     end: int
 
 
@@ -73,7 +75,7 @@ def read_pickle(
     *,
     calls: Mapping[Name, Call] | None = None,
     persistent: Callable[[Any], Any] | None = None,
-    names: dict[Name, None] | None = None,
+    names: Names | None = None,
 ) -> Pickle:
     """Follow one pickle.
 
@@ -90,20 +92,28 @@ def read_pickle(
     file = io.BytesIO(content)
     file.seek(start)
     machine = _Machine(calls or {}, persistent, {} if names is None else names)
+    previous = frame = 0
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(file)):
             if count > MAX_OPCODES:
                 raise ModelError(f"a pickle must have at most {MAX_OPCODES} opcodes, got more")
+            if previous < frame < position or (opcode.name == "FRAME" and position < frame):
+                raise ValueError("a frame that ends within an opcode is read by every implementation in its own way")
+            if opcode.name == "FRAME":
+                frame = position + FRAME_HEADER + argument
+            previous = position
             machine.step(opcode.name, argument)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError("the pickle is damaged: its opcodes make no sense") from error
-    return Pickle(machine.stack[-1], tuple(machine.names), file.tell())
+    if frame > len(content):
+        raise ModelError("the pickle is damaged: a frame is longer than the file")
+    return Pickle(machine.stack[-1], machine.names, file.tell())
 
 
 class _Machine:
     """The stack machine of the pickle protocols 0 to 5."""
 
-    def __init__(self, calls: Mapping[Name, Call], persistent: Callable[[Any], Any] | None, names: dict[Name, None]) -> None:
+    def __init__(self, calls: Mapping[Name, Call], persistent: Callable[[Any], Any] | None, names: Names) -> None:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -125,12 +135,16 @@ class _Machine:
     def _name(self, module: Any, name: Any) -> Name:
         plain = isinstance(module, str) and isinstance(name, str) and max(len(module), len(name)) <= 1000
         found = Name(module, name) if plain else HIDDEN
-        self.names[found] = None
+        self.names.setdefault(found, None)
         return found
 
     def _call(self, callee: Any, arguments: Any) -> Any:
         given = arguments if isinstance(arguments, tuple) else (arguments,)
-        known = self.calls.get(callee) if isinstance(callee, Name) else None
+        if not isinstance(callee, Name):
+            return Record(callee, given)
+        if self.names.get(callee) is None:
+            self.names[callee] = given
+        known = self.calls.get(callee)
         return Record(callee, given) if known is None else known(given)
 
     # Stack and memo

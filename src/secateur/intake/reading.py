@@ -19,7 +19,7 @@ from .names import findings as judge_all
 from .pickles import Record
 from .safetensorsfile import looks_like_safetensors, read_safetensors
 from .sniff import PICKLE_STARTS, PROGRAMS, Format, contradicts, kind_of_zip, known_elsewhere
-from .tensors import Stored, check_total
+from .tensors import Stored, TensorInfo, check_total
 from .torchfile import TorchFile, read_pickled, read_zipped
 
 MAX_FILE = 8 * 2**30
@@ -38,7 +38,8 @@ class Reading:
         contents: The weights; None when there are none to be read here.
         names: Globals that a pickle names.
         problem: Why it could not be read to the end, if so.
-        facts: What else it says, for `info`.
+        facts: What else it says.
+        described: Tensors of a graph, which is described but not read.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Reading:
     names: tuple[str, ...] = ()
     problem: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    described: tuple[TensorInfo, ...] = ()
 
     @property
     def refusal(self) -> str | None:
@@ -100,7 +102,12 @@ def _hub_folder(path: Path) -> Reading:
     parts = [read_one(file) for file in folder.weights]
     findings = [*folder.findings, *(finding for part in parts for finding in part.findings)]
     facts = {"arch": folder.arch, "kwargs": dict(folder.kwargs), "classes": folder.classes, "mean": folder.mean}
-    facts |= {"std": folder.std, "input_size": folder.input_size, "files": [part.path.name for part in parts]}
+    facts |= {
+        "note": folder.note,
+        "std": folder.std,
+        "input_size": folder.input_size,
+        "files": [part.path.name for part in parts],
+    }
     first = next((part for part in parts if part.problem or part.contents is None), parts[0])
     merged = replace(
         first,
@@ -112,7 +119,10 @@ def _hub_folder(path: Path) -> Reading:
         facts={key: value for key, value in facts.items() if value},
     )
     if len(parts) > 1 and not first.problem and first.contents is not None:
-        tensors = {name: tensor for part in parts if part.contents for name, tensor in part.contents.tensors.items()}
+        pairs = [pair for part in parts if part.contents for pair in part.contents.tensors.items()]
+        tensors = dict(pairs)
+        if len(tensors) < len(pairs):
+            raise ModelError(f"{show(path)} must hold each tensor in one of its files, but some are in two")
         merged = replace(merged, contents=replace(first.contents, tensors=tensors))
     return merged
 
@@ -252,4 +262,4 @@ def _onnx(path: Path, data: memoryview, digest: str) -> Reading:
     from .onnxfile import read_onnx
 
     found = read_onnx(path)
-    return Reading(path, "onnx", len(data), digest, findings=tuple(found.findings), facts=dict(found.facts))
+    return Reading(path, "onnx", len(data), digest, findings=found.findings, facts=found.facts, described=found.tensors)

@@ -272,7 +272,6 @@ def _isolate(parent: int, info: int) -> None:
     The first to wait stays outside; the second is process 1 inside, with whose end the kernel kills whatever is left in there.
     """
     user, group = os.getuid(), os.getgid()
-    _die_with(lambda: os.getppid() == parent)
     try:
         _call("unshare", sum(NAMESPACES.values()))
         for name, content in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
@@ -280,6 +279,7 @@ def _isolate(parent: int, info: int) -> None:
                 file.write(content)
     except OSError as error:
         raise BrokenFence(f"no namespaces here: {error}") from error
+    _die_with(lambda: os.getppid() == parent)  # after the change of rights, which may clear it
     lives, ends = os.pipe()
     if child := os.fork():
         os.write(info, json.dumps({"child-pid": child}).encode())

@@ -132,6 +132,23 @@ class Stored:
             yield np.lib.stride_tricks.as_strided(data[:item], (*self.shape, item), strides).reshape(-1)
 
 
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file.
+
+    Attributes:
+        name: As in the file.
+        dtype: As torch spells it.
+        shape: Its sizes.
+        nonfinite: How many values are NaN or infinite; None when that was not looked at.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nonfinite: int | None
+
+
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the strides of a dense tensor."""
     stride, strides = 1, []

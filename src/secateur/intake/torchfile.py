@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ModelError
 from .archive import Archive
-from .pickles import MAX_BYTES, Call, Name, Pickle, Record, read_pickle
+from .pickles import MAX_BYTES, Call, Name, Names, Pickle, Record, read_pickle
 from .tensors import DTYPES, Storage, Stored
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -36,7 +36,7 @@ class TorchFile:
     """
 
     value: Any = None
-    names: dict[Name, None] = field(default_factory=dict)
+    names: Names = field(default_factory=dict)
     problem: str | None = None
 
 
