@@ -121,10 +121,10 @@ class Hostile:
 def test_a_file_that_would_run_code_is_refused_with_4(files, victim, capsys):
     torch.save({"state_dict": victim.model.net.state_dict(), "extra": Hostile()}, files / "hostile.pt")
     assert run(["repair", "hostile.pt", "--data", "clean.npz", "-q"]) == 4
-    assert "names builtins.exec: it may run code" in capsys.readouterr().err
+    assert "calls builtins.exec('raise SystemExit(77)'): it may run code" in capsys.readouterr().err
     assert run(["repair", "hostile.pt", "--data", "clean.npz", "-q", "--force", "--input-size", "12", "-o", "forced"]) == 0
     record = json.loads((files / "forced" / "result.json").read_text())
-    assert record["inputs"][0]["suspicious_globals"] == ["builtins.exec"]
+    assert record["inputs"][0]["suspicious_globals"] == ["builtins.exec('raise SystemExit(77)')"]
     assert [(f["rule"], f["severity"]) for f in record["findings"]] == [("LOD-001", "critical")]
 
 

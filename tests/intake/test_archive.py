@@ -72,6 +72,20 @@ def patched(offset: int, pattern: str, value: int) -> Callable[[bytearray, int],
     return lambda content, place: struct.pack_into(pattern, content, place + offset, value)
 
 
+def lengthened(content: bytearray) -> bytearray:
+    """Claim in both places that the last entry has a million bytes."""
+    for signature, places in ((b"PK\x03\x04", (18, 22)), (b"PK\x01\x02", (20, 24))):
+        for place in places:
+            struct.pack_into("<I", content, content.rindex(signature) + place, 10**6)
+    return content
+
+
+def counted(content: bytearray, entries: int) -> bytearray:
+    """Claim another number of entries at the end."""
+    struct.pack_into("<HH", content, len(content) - 14, entries, entries)
+    return content
+
+
 CENTRAL = {"flags": (8, "<H"), "method": (10, "<H"), "packed": (20, "<I"), "size": (24, "<I"), "offset": (42, "<I")}
 
 
@@ -91,8 +105,12 @@ CENTRAL = {"flags": (8, "<H"), "method": (10, "<H"), "packed": (20, "<I"), "size
         (zipped(("x" * 1001, b"")), "plain relative path"),
         (central(zipped(*PLAIN), patched(*CENTRAL["flags"], 1)), "encrypted"),
         (central(zipped(*PLAIN), patched(*CENTRAL["method"], 8)), "described in two ways"),
-        (central(zipped(*PLAIN), patched(*CENTRAL["packed"], 10**6)), "longer than the archive"),
-        (central(zipped(*PLAIN), patched(*CENTRAL["size"], 10**6)), "longer than the archive"),
+        (central(zipped(*PLAIN), patched(*CENTRAL["packed"], 10**6)), "described in two ways"),
+        (central(zipped(*PLAIN), patched(*CENTRAL["size"], 10**6)), "described in two ways"),
+        (lengthened(zipped(*PLAIN)), "longer than the archive"),
+        (zipped(("a/data.pkl", b""), ("a/DATA.PKL", b"")), "there twice"),
+        (central(zipped(*PLAIN), patched(*CENTRAL["flags"], 0x20)), "encrypted or a patch"),
+        (counted(zipped(*PLAIN), 2), "as many entries as it says"),
         (central(zipped(*PLAIN), patched(*CENTRAL["offset"], 5)), "one after another"),
         (central(zipped(*PLAIN), lambda c, p: c.__setitem__(p + 46, ord("z"))), "one name, but 'z/data.pkl' has another"),
         (zipped(), "1 to 100000 entries, got 0"),

@@ -1,7 +1,7 @@
 """Zip archives as torch writes them, and no others: every reader must see the same entries in them.
 
 Python's ``zipfile`` reads the directory. What readers disagree about is refused: data before or after the archive, names that
-differ between directory and entry, names given twice, entries that overlap, compression.
+differ between directory and entry, names given twice (in either case), entries that overlap, compression.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ MAX_DIRECTORY = 16 * 2**20
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 END = struct.Struct("<4s4H2LH")
 DESCRIPTOR = 24  # bytes that may follow an entry's data
-ENCRYPTED = 0x1 | 0x40 | 0x2000
+UNREADABLE = 0x1 | 0x20 | 0x40 | 0x2000  # flags of entries that are encrypted or patches
+SIZES_FOLLOW = 0x8  # the flag that sizes stand after the data, not in the entry's header
+OTHER_NAME = 0x7075  # the extra field that gives an entry a second name
 STORED = zipfile.ZIP_STORED
 
 
@@ -66,12 +68,16 @@ def open_archive(data: memoryview) -> Archive:
         raise ModelError("a damaged zip archive") from error
     if not 0 < len(infos) <= MAX_ENTRIES:
         raise ModelError(f"a zip archive must have 1 to {MAX_ENTRIES} entries, got {len(infos)}")
+    if END.unpack(data[-END.size :])[4] not in (len(infos), 0xFFFF):
+        raise ModelError("a damaged zip archive: its directory does not have as many entries as it says")
     found: dict[str, Entry] = {}
+    spelled: set[str] = set()
     end = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         _check_name(info)
-        if info.filename in found:
+        if info.filename.casefold() in spelled:
             raise ModelError(f"an archive must have each entry once, but {_show(info.filename)} is there twice")
+        spelled.add(info.filename.casefold())
         start = _locate(data, info, end)
         end = start + info.compress_size
         found[info.filename] = Entry(start, info.compress_size, info.compress_type, info.CRC)
@@ -102,8 +108,8 @@ def _check_name(info: zipfile.ZipInfo) -> None:
     parts = name.split("/")
     if name != info.filename or len(name) > 1000 or "\\" in name or ".." in parts or parts[0] == "" or ":" in parts[0]:
         raise ModelError(f"an entry's name must be a plain relative path, got {_show(name)}")
-    if info.flag_bits & ENCRYPTED:
-        raise ModelError(f"the entry {_show(name)} is encrypted; decrypt the archive first")
+    if info.flag_bits & UNREADABLE:
+        raise ModelError(f"the entry {_show(name)} is encrypted or a patch; unpack the archive and give what is inside")
 
 
 def _locate(data: memoryview, info: zipfile.ZipInfo, end: int) -> int:
@@ -114,16 +120,29 @@ def _locate(data: memoryview, info: zipfile.ZipInfo, end: int) -> int:
     header = bytes(data[offset : offset + LOCAL_HEADER.size])
     if len(header) < LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
         raise ModelError("a damaged zip archive: an entry is not where the directory says")
-    _, _, flags, method, *_, name_length, extra_length = LOCAL_HEADER.unpack(header)
+    _, _, flags, method, _, _, _, packed, size, name_length, extra_length = LOCAL_HEADER.unpack(header)
     start = offset + LOCAL_HEADER.size + name_length + extra_length
     name = bytes(data[offset + LOCAL_HEADER.size : start - extra_length])
     if name != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"):
         raise ModelError(f"an entry must have one name, but {_show(info.filename)} has another one in its own header")
-    if flags & ENCRYPTED or method != info.compress_type:
+    extra = bytes(data[start - extra_length : start])
+    own = (packed, size)
+    sizes_agree = own == (info.compress_size, info.file_size) or 0xFFFFFFFF in own or (flags & SIZES_FOLLOW and not any(own))
+    if flags & UNREADABLE or method != info.compress_type or not sizes_agree or OTHER_NAME in _fields(extra + info.extra):
         raise ModelError(f"the entry {_show(info.filename)} is described in two ways")
     if start + info.compress_size > len(data) or (method == STORED and info.compress_size != info.file_size):
         raise ModelError(f"the entry {_show(info.filename)} is longer than the archive: the file is cut or lies")
     return start
+
+
+def _fields(extra: bytes) -> set[int]:
+    """Return the kinds of extra fields of an entry."""
+    found, place = set(), 0
+    while place + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, place)
+        found.add(kind)
+        place += 4 + length
+    return found
 
 
 def _show(name: str) -> str:

@@ -70,8 +70,10 @@ def load(
         said = [name for name, value in {**given, "arch": arch if own_code is None else None}.items() if value is not None]
         if said:
             raise ModelError(f"a bundle says its own {said[0]}: leave it out")
+        reading = read(path)
+        admit(reading)
         model = load_bundle(path, factory=own_code)
-        model.origin = _origin(read(path), "data")
+        model.origin = _origin(reading, "data")
         return model
     weights = _weights(read(path), force=force, sandbox=sandbox, trust_code=trust_code)
     facts = {**_beside(weights.reading), **weights.reading.facts}

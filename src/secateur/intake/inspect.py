@@ -131,7 +131,7 @@ def _digest(weights: Mapping[str, Stored | Record]) -> str | None:
 
 def _match(found: Inspection, reading: Reading) -> Inspection:
     if reading.format == "bundle":
-        return replace(found, architecture=reading.facts["arch"])
+        return _rebuilt(replace(found, architecture=reading.facts["arch"]))
     if reading.facts.get("arch"):
         return replace(found, architecture={"name": reading.facts["arch"], "kwargs": reading.facts.get("kwargs", {})})
     from .checkpoint import recognised
@@ -142,3 +142,17 @@ def _match(found: Inspection, reading: Reading) -> Inspection:
     except ModelError as error:
         return replace(found, unmatched=f"{error}{'; ' + reading.facts['note'] if 'note' in reading.facts else ''}")
     return replace(found, architecture={"name": name, "kwargs": kwargs})
+
+
+def _rebuilt(found: Inspection) -> Inspection:
+    """Check that a bundle's parts fit each other, unless only its author's code could tell."""
+    assert found.architecture is not None
+    if found.architecture["factory"]:
+        return found
+    from ..models.bundle import load_bundle
+
+    try:
+        load_bundle(found.path)
+    except ModelError as error:
+        return replace(found, verdict="unusable", why=str(error))
+    return found

@@ -108,7 +108,10 @@ OTHER_PYTHONS = _names(
     "__builtin__ commands copy_reg cPickle popen2 os2 posix nt ntpath ce riscos asyncore asynchat smtpd imp lib2to3 distutils "
     "pipes telnetlib nntplib crypt spwd cgi cgitb xdrlib sndhdr urllib2 httplib Queue thread UserDict exceptions _winreg "
     "winreg _winapi msvcrt StringIO cStringIO md5 sets test Tkinter tkinter SocketServer BaseHTTPServer SimpleHTTPServer "
-    "CGIHTTPServer xmlrpclib ConfigParser dummy_thread dummy_threading formatter parser symbol binhex _bootlocale _pyrepl"
+    "CGIHTTPServer xmlrpclib ConfigParser dummy_thread dummy_threading formatter parser symbol binhex _bootlocale _pyrepl "
+    "_xxsubinterpreters _xxinterpchannels _interpreters _interpchannels _interpqueues _remote_debugging xxlimited xxsubtype "
+    "_testcapi _testinternalcapi _testlimitedcapi _testclinic _testbuffer _testmultiphase _testimportmultiple _xxtestfuzz "
+    "_testexternalinspection"
 )
 STANDARD_LIBRARY = sys.stdlib_module_names | OTHER_PYTHONS
 PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}

@@ -95,12 +95,13 @@ def read_pickle(
     previous = frame = 0
     try:
         for count, (opcode, argument, position) in enumerate(pickletools.genops(file)):
+            assert position is not None
             if count > MAX_OPCODES:
                 raise ModelError(f"a pickle must have at most {MAX_OPCODES} opcodes, got more")
             if previous < frame < position or (opcode.name == "FRAME" and position < frame):
                 raise ValueError("a frame that ends within an opcode is read by every implementation in its own way")
             if opcode.name == "FRAME":
-                frame = position + FRAME_HEADER + argument
+                frame = position + FRAME_HEADER + int(argument or 0)
             previous = position
             machine.step(opcode.name, argument)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

@@ -91,6 +91,8 @@ def _bundle(path: Path) -> Reading:
     fields = read_arch(path)
     reading = read_one(path / "model.safetensors")
     told = [] if fields["arch"]["factory"] is None else [Finding("LOD-006", "needs code of its author to be rebuilt")]
+    if reading.format != "safetensors" and not reading.problem:
+        reading = replace(reading, problem=f"a bundle's weights must be safetensors, got {reading.format}")
     facts = {key: fields[key] for key in ("arch", "input", "classes", "steps", "ancestor_sha256")}
     return replace(reading, path=path, format="bundle", findings=(*reading.findings, *told), facts=facts)
 

@@ -44,8 +44,10 @@ def read_zipped(archive: Archive) -> TorchFile:
     """Read a zipped torch file."""
 
     def persistent(pid: Any) -> Storage:
-        storage = _storage(pid)
-        storage.fill(archive.read(f"data/{pid[2]}"))
+        storage, content = _storage(pid), archive.read(f"data/{pid[2]}")
+        if len(content) > storage.size:
+            raise ModelError(f"a tensor's storage must fill its entry of {len(content)} bytes, got {storage.size}")
+        storage.fill(content)
         return storage
 
     def read(file: TorchFile) -> Any:
