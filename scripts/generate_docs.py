@@ -2,6 +2,7 @@
 
 * ``docs/methods.md``: every method with its settings, from ``methods.py``.
 * The README's results table, from ``results/norm-pruning/cells.csv``.
+* The findings in ``docs/threat-model.md``, from ``intake/findings.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from secateur import methods
 from secateur.bench.stats import summary
+from secateur.intake.findings import RULES
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "results" / "norm-pruning" / "cells.csv"
@@ -22,7 +24,7 @@ SHOWN = (
     *(f"l2 filters, then fine-tuning (layers={place})" for place in ("early", "middle", "late")),
     "random filters, late, then fine-tuning",
 )
-START, END = "<!-- generated: results -->", "<!-- end of generated -->"
+START, END = "<!-- generated -->", "<!-- end of generated -->"
 
 
 def methods_page() -> str:
@@ -71,17 +73,26 @@ def _spread(rates: Iterable[float]) -> str:
     return f"{100 * found.mean:.1f}" + (f" ± {100 * found.sd:.1f}" if found.sd is not None else "")
 
 
-def readme() -> str:
-    """Return the README with its table made anew."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    before, _, rest = text.partition(START)
+def findings() -> str:
+    """Return every rule of the door with its severity and what to do."""
+    return "\n".join(f"### {name}\n\n**{rule.severity}.** {rule.title}: {rule.remedy}.\n" for name, rule in RULES.items())
+
+
+def filled(path: Path, part: str) -> str:
+    """Return a page with its generated part made anew."""
+    before, _, rest = path.read_text("utf-8").partition(START)
     _, _, after = rest.partition(END)
-    return f"{before}{START}\n{results_table()}\n{END}{after}"
+    return f"{before}{START}\n{part}\n{END}{after}"
 
 
 def main() -> int:
     """Write, or compare and return 1 when something is stale."""
-    wanted = {ROOT / "docs" / "methods.md": methods_page(), ROOT / "README.md": readme()}
+    threats = ROOT / "docs" / "threat-model.md"
+    wanted = {
+        ROOT / "docs" / "methods.md": methods_page(),
+        ROOT / "README.md": filled(ROOT / "README.md", results_table()),
+        threats: filled(threats, findings()),
+    }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
     if "--check" in sys.argv:
         for path in stale:

@@ -176,3 +176,30 @@ def test_ctrl_c_exits_with_130(files, capsys, monkeypatch):
 
     monkeypatch.setattr("secateur.runs.repair", stop)
     assert run(REPAIR) == 130
+
+
+OWN = """
+from torch import nn
+def make():
+    layers = [nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(200, 3))
+def wrong():
+    return nn.Sequential(nn.Flatten(), nn.Linear(144, 7))
+"""
+
+
+def test_a_network_of_ones_own_goes_through_every_verb(files, capsys):
+    (files / "own.py").write_text(OWN)
+    arch = ["--arch", "own.py:make"]
+    recipe = [flag for setting in ("epochs=12", "lr=0.1", "batch_size=20", "augment=()") for flag in ("--set", setting)]
+    assert run(["train", "test.npz", *arch, *recipe, "-o", "net", "-q"]) == 0
+    assert json.loads((files / "net" / "arch.json").read_text())["arch"]["factory"]["ref"] == "own.py:make"
+    assert run(["info", "net"]) == 0
+    assert "of its author's code own.py:make" in capsys.readouterr().out
+    assert run(["repair", "net", *REPAIR[2:], "-o", "no"]) == 4
+    assert run(["repair", "net", *REPAIR[2:], *arch, "-o", "out"]) == 0
+    assert run(["repair", "out", *REPAIR[2:], *arch, "-o", "again"]) == 0
+    torch.save(load_bundle(files / "net", factory="own.py:make").net.state_dict(), files / "own.pt")
+    assert run(["convert", "own.pt", *arch, "--input-size", "12", "-o", "converted"]) == 0
+    assert run(["train", "clean.npz", "--arch", "own.py:wrong", *recipe, "-o", "x", "-q"]) == 2
+    assert "one logit per class (3), got 7" in capsys.readouterr().err

@@ -130,19 +130,25 @@ class Recorder(pickle.Unpickler):
 
 
 @pytest.mark.parametrize("examples", SIZES)
-def test_no_name_that_python_would_import_escapes(examples):
+def test_accepted_pickles_name_all_that_python_would_import(examples):
+    accepted: list[bytes] = []
+
     @many(examples)
     @given(STREAMS)
     def check(content: bytes) -> None:
-        names: dict[Any, None] = {}
-        with watched(), suppress(ModelError):
-            read_pickle(content, persistent=lambda pid: None, names=names)
+        try:
+            with watched():
+                names = read_pickle(content, persistent=lambda pid: None).names
+        except ModelError:
+            return  # such a file is used by no verb
+        accepted.append(content)
         recorder = Recorder(content)
         with suppress(Exception):
             recorder.load()
         assert HIDDEN in names or recorder.asked <= {(name.module, name.name) for name in names}
 
     check()
+    assert len(accepted) > examples // 50
 
 
 # Files of every format, damaged

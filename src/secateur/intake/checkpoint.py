@@ -127,7 +127,7 @@ def _weights(reading: Reading, *, force: bool, sandbox: bool, trust_code: bool) 
 
     folder = Path(tempfile.mkdtemp(prefix="secateur-"))
     try:
-        extracted = extract(reading.path, program, folder)
+        extracted = extract(reading.path, program, folder, memory=max(4 * 2**30, 3 * reading.size))
         found = read_one(extracted.weights)
         return _Weights(reading, tensors(admit(found), found.size), f"sandbox ({extracted.fence})")
     finally:
