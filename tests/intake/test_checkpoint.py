@@ -131,6 +131,38 @@ def test_unknown_networks_get_a_hint(net, tmp_path):
         load(written(state, tmp_path / "a.pt"))
 
 
+def test_what_the_file_says_of_itself_is_told(net, tmp_path):
+    state = {**net.state_dict(), "linear.weight": torch.zeros(10, 17)}
+    with pytest.raises(ModelError, match="the file itself says 'preactresnet18'"):
+        load(written({"model_name": "preactresnet18", "model": state, "num_classes": 10}, tmp_path / "a.pt"))
+
+
+def test_backdoorbench_results(net, tmp_path):
+    content = {
+        "model_name": "resnet20", "num_classes": 10, "model": net.state_dict(), "data_path": "../data", "img_size": (40, 40, 3),
+        "clean_data": "cifar10", "bd_train": {"bd_data_container": {"save_folder_path": "x"}}, "bd_test": {},
+    }  # fmt: skip
+    model = load(written(content, tmp_path / "attack_result.pt"))
+    assert same(model, net)
+    assert model.input_shape == (3, 40, 40)
+
+
+def test_networks_that_answer_probabilities_are_told(tmp_path):
+    (tmp_path / "own.py").write_text(FACTORY.replace("nn.Linear(144, 5))", "nn.Linear(144, 5), nn.Softmax(1))"))
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 5))
+    model = load(written(net.state_dict(), tmp_path / "a.pt"), arch=f"{tmp_path / 'own.py'}:make", input_size=8)
+    assert model.origin is not None
+    assert [finding["rule"] for finding in model.origin["findings"]] == ["LOD-011"]
+
+
+@pytest.mark.parametrize("kwargs", [{"sandbox": True}, {"trust_code": True}])
+def test_flags_for_programs_change_nothing_for_plain_files(net, kwargs, tmp_path):
+    model = load(written(net.state_dict(), tmp_path / "a.pt"), **kwargs)
+    assert same(model, net)
+    assert model.origin is not None
+    assert model.origin["loader"] == "data"
+
+
 def test_a_users_own_network(tmp_path):
     (tmp_path / "own.py").write_text(FACTORY)
     reference = f"{tmp_path / 'own.py'}:make"

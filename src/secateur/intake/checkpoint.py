@@ -77,9 +77,11 @@ def load(
         return model
     weights = _weights(read(path), force=force, sandbox=sandbox, trust_code=trust_code)
     facts = {**_beside(weights.reading), **weights.reading.facts}
-    net, state, description = _network(
-        weights.state, arch or facts.get("arch"), {**facts.get("kwargs", {}), **(arch_kwargs or {})}
-    )
+    own = facts.get("kwargs", {}) if arch is None else {}
+    try:
+        net, state, description = _network(weights.state, arch or facts.get("arch"), {**own, **(arch_kwargs or {})})
+    except ModelError as error:
+        raise ModelError(f"{error}{hint(weights.reading)}") from error
     usual = _usual(description)
     height, width = _sides(input_size) or facts.get("input_size") or usual["input_size"]
     input_shape = (_in_channels(net), height, width)
@@ -231,6 +233,15 @@ def _usual(description: Mapping[str, Any]) -> dict[str, Any]:
         return {"input_size": size, "mean": mean if fits else None, "std": std if fits else None}
     size = description["kwargs"].get("input_size", architecture(name).input_size)
     return {"input_size": (size, size), "mean": None, "std": None}
+
+
+def hint(reading: Reading) -> str:
+    """Return what the file itself says its network is, for the end of a message; empty when it says nothing."""
+    if "note" in reading.facts:
+        return f"; {reading.facts['note']}"
+    said = reading.contents.facts if reading.contents else {}
+    name = next((said[key] for key in ("arch", "architecture", "model_name", "model") if isinstance(said.get(key), str)), None)
+    return "" if name is None else f"; the file itself says {str(name)[:60]!a}"
 
 
 def _beside(reading: Reading) -> dict[str, Any]:

@@ -134,13 +134,13 @@ def _match(found: Inspection, reading: Reading) -> Inspection:
         return _rebuilt(replace(found, architecture=reading.facts["arch"]))
     if reading.facts.get("arch"):
         return replace(found, architecture={"name": reading.facts["arch"], "kwargs": reading.facts.get("kwargs", {})})
-    from .checkpoint import recognised
+    from .checkpoint import hint, recognised
 
     assert reading.contents is not None
     try:
         name, kwargs, _ = recognised({name: t for name, t in reading.contents.tensors.items() if isinstance(t, Stored)})
     except ModelError as error:
-        return replace(found, unmatched=f"{error}{'; ' + reading.facts['note'] if 'note' in reading.facts else ''}")
+        return replace(found, unmatched=f"{error}{hint(reading)}")
     return replace(found, architecture={"name": name, "kwargs": kwargs})
 
 
