@@ -6,13 +6,13 @@ differ between directory and entry, names given twice (in either case), entries 
 
 from __future__ import annotations
 
-import io
 import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
 
 from ..errors import ModelError
+from .view import View
 
 MAX_ENTRIES = 100_000
 MAX_DIRECTORY = 16 * 2**20
@@ -62,7 +62,7 @@ def open_archive(data: memoryview) -> Archive:
     """Check a zip archive and return it; `ModelError` tells what is wrong with it."""
     _check_end(data)
     try:
-        with zipfile.ZipFile(_View(data)) as file:
+        with zipfile.ZipFile(View(data)) as file:
             infos, directory = file.infolist(), file.start_dir
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, IndexError) as error:
         raise ModelError("a damaged zip archive") from error
@@ -147,32 +147,3 @@ def _fields(extra: bytes) -> set[int]:
 
 def _show(name: str) -> str:
     return ascii(name if len(name) <= 100 else name[:100] + "...")
-
-
-class _View(io.RawIOBase):
-    """A memory as a file, without a copy."""
-
-    def __init__(self, data: memoryview) -> None:
-        self.data, self.place = data, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.place
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        place = offset + (0, self.place, len(self.data))[whence]
-        if place < 0:
-            raise OSError("before the start")
-        self.place = place
-        return place
-
-    def read(self, size: int | None = -1) -> bytes:
-        stop = len(self.data) if size is None or size < 0 else self.place + size
-        found = bytes(self.data[self.place : stop])
-        self.place += len(found)
-        return found

@@ -6,16 +6,15 @@ A global becomes a `Name`, a call becomes a `Record` of what would have been cal
 
 from __future__ import annotations
 
-import io
 import pickletools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ModelError
+from .view import View
 
 MAX_OPCODES = 1_000_000
-MAX_BYTES = 256 * 2**20
 FRAME_HEADER = 9  # bytes of the opcode FRAME with its argument
 
 
@@ -70,7 +69,7 @@ class Pickle:
 
 
 def read_pickle(
-    content: bytes,
+    content: bytes | memoryview,
     start: int = 0,
     *,
     calls: Mapping[Name, Call] | None = None,
@@ -89,7 +88,7 @@ def read_pickle(
     Raises:
         ModelError: The pickle is damaged, or longer than `MAX_OPCODES` steps.
     """
-    file = io.BytesIO(content)
+    file = View(memoryview(content))
     file.seek(start)
     machine = _Machine(calls or {}, persistent, {} if names is None else names)
     previous = frame = 0

@@ -194,11 +194,13 @@ def admit(reading: Reading, *, force: bool = False) -> Contents:
 def _by_content(path: Path, data: memoryview, head: bytes, digest: str) -> Reading:
     if head.startswith(b"PK\x03\x04"):
         return _zip(path, data, digest)
-    if head.startswith(b"\x80"):
-        return _pickle(path, data, digest)
     if looks_like_safetensors(head, len(data)):
+        if read_pickled(data).names:
+            raise ModelError(f"{show(path)} can be read as safetensors and as a pickle; such a file is made to deceive")
         tensors = _told(path, lambda: read_safetensors(path, data))
         return _complete(Reading(path, "safetensors", len(data), digest), tensors)
+    if head.startswith(b"\x80"):
+        return _pickle(path, data, digest)
     if word := known_elsewhere(head):
         raise ModelError(f"{show(path)} is no checkpoint but {word}")
     from .onnxfile import looks_like_onnx

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ModelError
 from .archive import Archive
-from .pickles import MAX_BYTES, Call, Name, Names, Pickle, Record, read_pickle
+from .pickles import Call, Name, Names, Pickle, Record, read_pickle
 from .tensors import DTYPES, Storage, Stored
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -53,7 +53,7 @@ def read_zipped(archive: Archive) -> TorchFile:
     def read(file: TorchFile) -> Any:
         if "byteorder" in archive.entries and bytes(archive.read("byteorder")[:8]) != b"little":
             raise ModelError("a checkpoint must be little-endian; save it again on such a machine")
-        content = _bounded(archive.read("data.pkl"))
+        content = archive.read("data.pkl")
         found = _read(content, 0, file, persistent)
         if found.end != len(content):
             raise ModelError("something follows the pickle in data.pkl")
@@ -77,15 +77,14 @@ def read_pickled(data: memoryview, nested: int = 0) -> TorchFile:
                 raise ModelError("a storage must have one size, but two are given")
             return known
 
-        content = _bounded(data, legacy=True)
-        found = _read(content, 0, file, persistent, nested)
+        found = _read(data, 0, file, persistent, nested)
         if found.value != MAGIC:
             if found.end != len(data):
                 raise ModelError("something follows the pickle: other readers may see another file")
             return found.value
         values = []
         for _ in range(4):
-            found = _read(content, found.end, file, persistent, nested)
+            found = _read(data, found.end, file, persistent, nested)
             values.append(found.value)
         if values[0] != PROTOCOL or not isinstance(values[3], list):
             raise ModelError("a damaged legacy checkpoint")
@@ -104,7 +103,7 @@ def _attempt(read: Callable[[TorchFile], Any]) -> TorchFile:
     return file
 
 
-def _read(content: bytes, start: int, file: TorchFile, persistent: Callable[[Any], Any], nested: int = 0) -> Pickle:
+def _read(content: memoryview, start: int, file: TorchFile, persistent: Callable[[Any], Any], nested: int = 0) -> Pickle:
     def load_from_bytes(arguments: tuple[Any, ...]) -> Any:
         if nested >= MAX_NESTED or len(arguments) != 1 or not isinstance(arguments[0], bytes):
             raise ModelError("a storage that is pickled by itself must be given as bytes")
@@ -116,13 +115,6 @@ def _read(content: bytes, start: int, file: TorchFile, persistent: Callable[[Any
 
     calls = {**CALLS, Name("torch.storage", "_load_from_bytes"): load_from_bytes}
     return read_pickle(content, start, calls=calls, persistent=persistent, names=file.names)
-
-
-def _bounded(data: memoryview, *, legacy: bool = False) -> bytes:
-    """Return the bytes of a pickle; a legacy file's weights follow its pickles, so its start is enough."""
-    if len(data) > MAX_BYTES and not legacy:
-        raise ModelError(f"a pickle must have at most {MAX_BYTES} bytes, got {len(data)}")
-    return bytes(data[:MAX_BYTES])
 
 
 def _storage(pid: Any) -> Storage:
