@@ -81,6 +81,11 @@ def is_external(name: str) -> bool:
     return re.fullmatch(rf"({'|'.join(EXTERNAL)}):[\w.-]{{1,100}}", name, re.ASCII) is not None
 
 
+def is_reference(name: str) -> bool:
+    """Return whether ``name`` has the form ``file.py:make`` of a user's own code."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
 def architecture(name: str) -> Architecture:
     """Return one row of the table; `ModelError` when there is none of that name."""
     if is_external(name):

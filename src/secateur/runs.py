@@ -20,13 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from . import __version__
+from .architectures import is_reference
 from .compress import Removal, remove_channels
 from .data import count_shared, holdout
 from .errors import DataError, InconclusiveError, ModelError
 from .measure import Evaluation, cost, evaluate, predict
 from .methods import get, settings
 from .models import Classifier, build, core
-from .models.factory import call_factory, import_factory, is_reference
+from .models.factory import call_factory, import_factory
 from .models.weights import count_outputs
 from .prune.layers import prunable_layers
 from .state import generator, seeded

@@ -16,7 +16,7 @@ from secateur.bench.stages import Work
 from secateur.bench.store import Store
 from secateur.bench.work import Job, run_job
 from secateur.data import load_data, save_npz
-from secateur.errors import InconclusiveError
+from secateur.errors import InconclusiveError, SecateurError
 from secateur.state import generator
 
 PLAN = """
@@ -54,8 +54,7 @@ def store(tmp_path):
 
 def job(plan, store, stage, **facts):
     node = next(node for node in expand(plan, digest).nodes.values() if node.stage == stage)
-    source = {"train": plan.data.train, "test": plan.data.test}
-    return replace(Job(node, f"secateur.bench.stages:{stage}", str(store.root), source), **facts)
+    return replace(Job(node, f"secateur.bench.stages:{stage}", str(store.root), plan.sources), **facts)
 
 
 def test_roles_are_disjoint_and_smaller_shares_lie_within_the_larger(plan, store):
@@ -146,3 +145,54 @@ def test_a_share_of_no_image_is_inconclusive(plan, store):
     work = Work(victim.node, Path(), {"data": store.folder(victim.node.parents["data"])}, victim.source, Path())
     with pytest.raises(InconclusiveError, match=r"a clean share of 0\.0001 is no image at all; raise it"):
         stages._clean(work, 0.0001)
+
+
+OWN = """
+from torch import nn
+def make():
+    layers = [nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3, stride=2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 36, 10))
+"""
+
+
+@pytest.fixture
+def own_plan(tmp_path):
+    (tmp_path / "own.py").write_text(OWN, "utf-8")
+    (tmp_path / "plan.toml").write_text(PLAN.replace('"convnet"\nwidth = 4', '"own.py:make"'), "utf-8")
+    return read_plan(tmp_path / "plan.toml")
+
+
+def test_networks_of_ones_own(own_plan, store):
+    for stage in ("data", "victim", "repair", "measure"):
+        outcome = run_job(job(own_plan, store, stage))
+        assert outcome.status == "done", outcome.message
+    assert own_plan.models[0].label == "own.py:make"
+
+
+def test_code_is_run_only_if_the_plan_names_it(own_plan, store):
+    for stage in ("data", "victim"):
+        assert run_job(job(own_plan, store, stage)).status == "done"
+    plain = job(own_plan, store, "repair", source={"train": own_plan.data.train, "test": own_plan.data.test})
+    outcome = run_job(plain)
+    assert outcome.status == "failed"
+    assert "needs its author's code" in outcome.message
+
+
+def test_changed_code_is_another_network(own_plan, tmp_path):
+    before = set(expand(own_plan, digest).nodes)
+    (tmp_path / "own.py").write_text(OWN + "# changed\n", "utf-8")
+    after = set(expand(read_plan(tmp_path / "plan.toml"), digest).nodes)
+    assert len(before & after) == 1  # the data
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('"missing.py:make"', "cannot read missing.py"),
+        ('"own.py:make"\nwidth = 4', "unknown key of ..model.. own.py:make 'width'"),
+    ],
+)
+def test_own_networks_are_checked_before_anything_runs(own_plan, tmp_path, line, message):
+    (tmp_path / "bad.toml").write_text(PLAN.replace('"convnet"\nwidth = 4', line), "utf-8")
+    with pytest.raises(SecateurError, match=message):
+        read_plan(tmp_path / "bad.toml")

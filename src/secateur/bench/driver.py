@@ -145,11 +145,10 @@ class _Run:
         heapq.heappush(self.ready.setdefault(node.device, []), (order, self.rank[key], key))
 
     def _submit(self) -> None:
-        source = {"train": self.plan.data.train, "test": self.plan.data.test}
         for heap in self.ready.values():
             while heap and self.executor.room(node := self.graph.nodes[heap[0][-1]]):
                 heapq.heappop(heap)
-                job = Job(node, self.targets[node.stage], str(self.store.root), source)
+                job = Job(node, self.targets[node.stage], str(self.store.root), self.plan.sources)
                 self._start(replace(job, timeout=self.plan.timeout, memory=self.plan.memory))
 
     def _check_stalled(self) -> None:

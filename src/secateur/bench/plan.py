@@ -5,6 +5,7 @@ Nothing here imports torch, so that ``bench status`` and ``bench report`` answer
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import tomllib
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..architectures import resolve
+from ..architectures import is_reference, resolve
 from ..errors import DataError, MethodError, SecateurError, unknown
 from ..methods import Kind, get, parameters, settings
 from ..methods import table as table_of
@@ -43,6 +44,7 @@ class Choice:
         settings: Every setting with its value.
         version: Version of the method; 0 for architectures and ``none``.
         uses: Scores that the settings name, and their versions where those are above 1.
+        code: For a network of the user's own, where ``file.py:make`` lies; its sha256 is among the settings.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Choice:
     settings: Mapping[str, Any]
     version: int = 0
     uses: Mapping[str, int] = field(default_factory=dict)
+    code: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,12 @@ class Plan:
     metrics: tuple[str, ...] = METRICS
     reported: tuple[Reported, ...] = ()
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """What nodes read from outside the store: ``train``, ``test``, and by their sha256 the user's own networks."""
+        own = {choice.settings["sha256"]: choice.code for choice in self.models if choice.code}
+        return {"train": self.data.train, "test": self.data.test, **own}
+
     def with_data(self, path: str | None) -> Plan:
         """Return the plan with the images at ``path`` instead (``PATH:train`` and ``PATH:test``)."""
         if path is None:
@@ -142,7 +151,7 @@ def _plan(raw: Mapping[str, Any], path: Path) -> Plan:
     return Plan(
         name=_typed("name", raw.get("name", path.name.partition(".")[0]), str),
         data=_data(_table(raw, "data"), path.parent),
-        models=_unique("model", itertools.chain.from_iterable(_models(t) for t in _tables(raw, "model"))),
+        models=_unique("model", itertools.chain.from_iterable(_models(t, path.parent) for t in _tables(raw, "model"))),
         backdoors=_choices(raw, "backdoor"),
         repairs=_choices(raw, "repair", optional=True),
         compressors=_choices(raw, "compress", optional=True),
@@ -185,8 +194,18 @@ def _place(value: Any, home: Path) -> str:
     return text if text.partition(":")[0] == EMBEDDED else str((home / text).absolute())
 
 
-def _models(table: Mapping[str, Any]) -> Iterable[Choice]:
+def _models(table: Mapping[str, Any], home: Path) -> Iterable[Choice]:
     name = _name("model", table)
+    if is_reference(name):
+        _known(f"key of [[model]] {name}", table, ("name", "label"))
+        file, _, function = name.rpartition(":")
+        try:
+            digest = hashlib.sha256((home / file).read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(f"cannot read {file} of [[model]]: {error.strerror}; paths are relative to the plan") from None
+        code = f"{(home / file).absolute()}:{function}"
+        yield Choice(name, _typed("label", table.get("label", name), str), {"sha256": digest}, code=code)
+        return
     resolve(name, {})
     for given, varied in _points(table, sequences=()):
         for key in NOT_TRAINED:

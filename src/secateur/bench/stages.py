@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from .. import runs
+from ..architectures import is_reference
 from ..data import count_shared, load_data, load_trigger, save_npz, save_trigger, split_clean, stratified
 from ..errors import DataError, InconclusiveError, ModelError
 from ..measure import cost, evaluate
 from ..methods import Kind, get
-from ..models import Classifier, load_bundle, save
+from ..models import Classifier, load_bundle, read_arch, save
 from ..recipe import read_recipe
 from ..state import generator
 from ..train import train
@@ -38,7 +39,7 @@ class Work:
         node: What to do.
         folder: Where to write; becomes the node's folder when the stage returns.
         parents: Role -> folder of the node that plays it.
-        source: ``train`` and ``test`` -> what `load_data` reads.
+        source: ``train`` and ``test`` -> what `load_data` reads; sha256 -> ``file.py:make`` with that code of the user's own.
         checkpoint: A file that outlives a killed attempt, to resume long training from.
     """
 
@@ -83,7 +84,9 @@ def victim(work: Work) -> dict[str, Any]:
         poisoning: Poisoning = get("backdoor", work.node.method).load()(images, **args["settings"], generator=random)
         save_trigger(poisoning.trigger, work.folder / "trigger")
         images, poisoned = poisoning.data, int(poisoning.poisoned.sum())
-    network = runs.new_network(images, args["model"], kwargs=args["kwargs"], generator=random).to(work.node.device)
+    kwargs = dict(args["kwargs"])
+    arch = work.source[kwargs.pop("sha256")] if is_reference(args["model"]) else args["model"]
+    network = runs.new_network(images, arch, kwargs=kwargs, generator=random).to(work.node.device)
     recipe = read_recipe(args["recipe"])
     state = random.get_state()
     try:
@@ -110,7 +113,7 @@ def compress(work: Work) -> dict[str, Any]:
 
 def measure(work: Work) -> dict[str, Any]:
     """Measure a network on the test images, with the trigger if there is one."""
-    model = load_bundle(work.parents["model"] / "model").to(work.node.device)
+    model = _model(work)
     test = load_data(work.parents["data"] / "test.npz")
     trigger = load_trigger(work.parents["trigger"]) if "trigger" in work.parents else None
     rates = {name: asdict(rate) for name, rate in vars(evaluate(model, test, trigger=trigger)).items() if rate is not None}
@@ -120,7 +123,7 @@ def measure(work: Work) -> dict[str, Any]:
 
 def _defend(work: Work, kind: Kind) -> dict[str, Any]:
     args = work.node.args
-    model = load_bundle(work.parents["model"] / "model").to(work.node.device)
+    model = _model(work)
     clean = _clean(work, args["clean"])
     method = get(kind, work.node.method)
     done = method.load()(model, clean, **args["settings"], generator=work.generator)
@@ -128,6 +131,14 @@ def _defend(work: Work, kind: Kind) -> dict[str, Any]:
     step = {"method": method.name, "version": method.version, "args": dict(args["settings"])}
     save(done.model.cpu(), work.folder / "model", masks=mask, steps=[step])
     return {"clean": len(clean), "log": dict(done.log), "notes": list(done.notes)}
+
+
+def _model(work: Work) -> Classifier:
+    """Load the network that this node works on; a user's own code runs only if the plan names it."""
+    folder = work.parents["model"] / "model"
+    factory = read_arch(folder)["arch"]["factory"]
+    code = work.source.get(factory["sha256"]) if factory else None
+    return load_bundle(folder, factory=code).to(work.node.device)
 
 
 def _split(path: str, args: Mapping[str, Any], random: torch.Generator) -> tuple[ImageSet, ImageSet]:

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..architectures import architecture, is_external, resolve
+from ..architectures import architecture, is_external, is_reference, resolve
 from ..errors import ModelError, RefusedError
 from ..models.bundle import load_bundle
-from ..models.factory import call_factory, import_factory, is_reference
+from ..models.factory import call_factory, import_factory
 from ..models.registry import COUNTERS, Shapes, fit, nearest, recognise, shapes_of, skeleton
 from ..models.weights import assign, count_outputs
 from ..models.wrapper import Classifier

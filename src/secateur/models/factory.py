@@ -15,11 +15,6 @@ from ..errors import ModelError
 from .files import one_line, read_bytes
 
 
-def is_reference(text: str) -> bool:
-    """Return whether ``text`` has the form ``file.py:make``."""
-    return text.rpartition(":")[0].endswith(".py")
-
-
 def import_factory(reference: str) -> tuple[Callable[[], nn.Module], str]:
     """Run the file that ``reference`` names and return its function and the file's sha256."""
     file, _, name = reference.rpartition(":")
