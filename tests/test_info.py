@@ -113,7 +113,7 @@ def test_refusal_is_told_on_both_streams(folder, capsys):
 def test_text(folder, capsys):
     assert run(["info", "good.pt"]) == 0
     out = capsys.readouterr().out
-    assert "good.pt: readable: nothing in it needs to run" in out
+    assert "good.pt: readable here, running nothing of it" in out
     assert "network     resnet20(width=2, classes=10, in_channels=3, option=A)" in out
     assert "conv1.weight" in out
     assert "linear.bias" not in out

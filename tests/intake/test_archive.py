@@ -93,7 +93,7 @@ CENTRAL = {"flags": (8, "<H"), "method": (10, "<H"), "packed": (20, "<I"), "size
     ("content", "message"),
     [
         (zipped(*PLAIN) + b"x", "must end where its directory ends"),
-        (b"x" + zipped(*PLAIN), "one after another"),
+        (b"x" + zipped(*PLAIN), "its directory is not where its end says"),
         (zipped(*PLAIN)[:-5], "must end where"),
         (zipped(*PLAIN)[:-22], "must end where"),
         (zipped(*PLAIN, PLAIN[0]), "each entry once, but 'a/data.pkl' is there twice"),
@@ -110,7 +110,7 @@ CENTRAL = {"flags": (8, "<H"), "method": (10, "<H"), "packed": (20, "<I"), "size
         (lengthened(zipped(*PLAIN)), "longer than the archive"),
         (zipped(("a/data.pkl", b""), ("a/DATA.PKL", b"")), "there twice"),
         (central(zipped(*PLAIN), patched(*CENTRAL["flags"], 0x20)), "encrypted or a patch"),
-        (counted(zipped(*PLAIN), 2), "as many entries as it says"),
+        (counted(zipped(*PLAIN), 2), "does not have what, its end says"),
         (central(zipped(*PLAIN), patched(*CENTRAL["offset"], 5)), "one after another"),
         (central(zipped(*PLAIN), lambda c, p: c.__setitem__(p + 46, ord("z"))), "one name, but 'z/data.pkl' has another"),
         (zipped(), "1 to 100000 entries, got 0"),

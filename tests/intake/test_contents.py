@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from secateur.errors import ModelError
-from secateur.intake.contents import candidates, find_weights
+from secateur.intake.contents import CONTAINERS, candidates, find_weights
 from secateur.intake.pickles import Record
 from secateur.intake.reading import read
 from secateur.intake.tensors import Storage, Stored
@@ -32,7 +32,12 @@ W = {"w": tensor(3)}
         ({"model": {"state_dict": W}}, ("model", "state_dict")),
         ({"netC": W, "optimizer": {"state": {}}}, ("netC",)),
         ({"checkpoint": W, "epoch": 3}, ("checkpoint",)),
-        ({"a": {"b": {"state_dict": W}}}, ()),
+        ({"a": {"b": {"state_dict": W}}}, ("a", "b", "state_dict")),
+        ({"model": {"args": {"lr": 1}}, "net": W}, ("net",)),
+        ({"params": {"lr": {"base": 1}}, "weights": W}, ("weights",)),
+        ({"mean": tensor(3), "my_resnet": {**W, "v": tensor(3)}}, ("my_resnet",)),
+        ({"mean": tensor(3), "optimizer": {**W, "v": tensor(3)}}, ()),
+        ({**W, "epoch": {"n": 3}}, ()),
         ({"student": W, "loss": 0.1}, ("student",)),
         ({"model": "resnet20", "weights": W}, ("weights",)),
         ({"model": W, "optimizer": {"w": tensor(3)}}, ("model",)),
@@ -45,7 +50,9 @@ W = {"w": tensor(3)}
 def test_containers(content, container):
     found = find_weights(content)
     assert found.container == container
-    assert bool(found.tensors) == (bool(container) or content is W)
+    assert bool(found.tensors) == (
+        bool(container) or (isinstance(content, dict) and any(isinstance(v, Stored) for v in content.values()))
+    )
 
 
 def test_what_stands_beside_the_weights():
@@ -54,12 +61,19 @@ def test_what_stands_beside_the_weights():
     assert not find_weights({"model": W, "img_size": (32, "a", 3), "y" * 100: 1, "big": 10**30}).facts
 
 
-def test_containers_that_contain_themselves_are_refused():
+def test_containers_within_containers_are_bounded():
     cycle: dict[str, Any] = {}
-    cycle["model"] = cycle
-    cycle["state_dict"] = cycle
-    with pytest.raises(ModelError, match="within 64 containers"):
-        find_weights(cycle)
+    for key in CONTAINERS:
+        cycle[key] = cycle
+    assert not find_weights(cycle).tensors
+    wide: dict[str, Any] = {}
+    for _ in range(60):
+        wide = dict.fromkeys(CONTAINERS, wide)
+    assert not find_weights(wide).tensors
+    deep: dict[str, Any] = W
+    for _ in range(6):
+        deep = {"model": deep}
+    assert find_weights(deep).tensors
 
 
 def test_leftovers_are_dropped():

@@ -240,7 +240,7 @@ def test_damaged_pickles_in_sound_archives(examples, originals, tmp_path):
 
     use_once(originals, path)
     check()
-    assert outcomes["read"], outcomes
+    assert examples == QUICK or outcomes["read"], outcomes
     assert outcomes["ModelError"] > examples // 10
 
 

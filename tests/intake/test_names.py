@@ -37,7 +37,8 @@ DANGEROUS = """
 """
 UNKNOWN = """
     __main__.Net __mp_main__.Net models.resnet.ResNet my_project.models.Outer.Inner utils.helper wrn.WideResNet
-    transformers.models.vit.ViTModel torch.nn.modules.module.os torch.nn.modules.conv.torch sklearn.svm.SVC torch.something
+    transformers.models.vit.ViTModel sklearn.svm.SVC torch.something.Layer
+    torchvision.datasets.folder.ImageFolder timm.data.config.Mean
 """
 PARTS = """
     torch.nn.modules.conv.Conv2d torch.nn.modules.container.Sequential torch.optim.sgd.SGD torchvision.models.resnet.ResNet
@@ -62,6 +63,15 @@ def test_ways_to_run_code_are_dangerous(text):
         ("collections", "OrderedDict.__class__"),
         ("argparse", "Namespace.__init__.__globals__"),
         ("torch._utils", "_rebuild_tensor_v2.__globals__"),
+        ("torch.nn.modules.module", "os"),
+        ("torch.autograd.profiler_util", "attrgetter"),
+        ("torch.cuda.memory", "pickle"),
+        ("torch.cuda._memory_viz", "format_flamegraph"),
+        ("torch._utils", "_import_dotted_name"),
+        ("torchvision._internally_replaced_utils", "load_state_dict_from_url"),
+        ("torch.nn.modules.module", "Popen"),
+        ("SimpleXMLRPCServer", "resolve_dotted_attribute"),
+        ("anydbm", "open"),
     ],
 )
 def test_walks_from_module_to_module_are_dangerous(module, name):

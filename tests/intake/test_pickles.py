@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from secateur.errors import ModelError
 from secateur.intake import pickles
-from secateur.intake.pickles import HIDDEN, Name, Record, read_pickle
+from secateur.intake.pickles import HIDDEN, Budget, Name, Record, also_a_pickle, read_pickle
 
 PROTOCOLS = range(6)
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(), st.binary())
-KEYS = st.one_of(st.integers(), st.text(), st.tuples(st.integers(), st.text()))
+SMALL = st.integers(-(2**63), 2**63)
+KEYS = st.one_of(SMALL, st.text(), st.tuples(SMALL, st.text()))
 PLAIN = st.recursive(
     SCALARS,
     lambda inner: st.one_of(
@@ -206,10 +207,53 @@ def test_every_opcode_is_known():
         assert known or hasattr(machine, f"_{code.name.lower()}") or code.name in ("NEXT_BUFFER", "READONLY_BUFFER")
 
 
-def test_opcodes_are_counted(monkeypatch):
-    monkeypatch.setattr(pickles, "MAX_OPCODES", 100)
-    with pytest.raises(ModelError, match="at most 100 opcodes"):
-        read_pickle(b"\x80\x02" + b"N0" * 100 + b"N.")
+def test_opcodes_of_a_file_are_counted_together():
+    budget = Budget(opcodes=100)
+    read_pickle(b"\x80\x02" + b"N0" * 30 + b"N.", budget=budget)
+    with pytest.raises(ModelError, match="opcodes, got more"):
+        read_pickle(b"\x80\x02" + b"N0" * 30 + b"N.", budget=budget)
+
+
+def test_names_are_counted(monkeypatch):
+    monkeypatch.setattr(pickles, "MAX_NAMES", 10)
+    with pytest.raises(ModelError, match="at most 10 objects"):
+        read_pickle(b"\x80\x02(" + b"".join(b"ca\nb%d\n" % i for i in range(11)) + b"t.")
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+LOAD = b"ctorch.storage\n_load_from_bytes\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"ca\nB\n)R)R.",  # what a call returned is called
+        b"ca\nB\n)R)\x81.",
+        b"ctorch\nnn\n}" + text("__path__") + b"]sb.",  # attributes of a module are set
+        b"ca\nB\n)R}" + text("__setstate__") + b"Nsb.",
+        b"ca\nB\n)R}" + text("append") + b"Nsb.",
+        b"ca\nB\n)R(N}" + text("extend") + b"Nstb.",
+        LOAD + b".",  # taken, and not called with what it reads
+        b"(" + LOAD + b"Nt.",
+        LOAD + b"q\x000h\x00h\x00\x86.",
+        LOAD + b"2\x86.",
+    ],
+)
+def test_ways_to_call_what_is_not_named(content):
+    assert HIDDEN in read_pickle(b"\x80\x02" + content).names
+
+
+def test_calls_of_what_is_named_are_not_hidden():
+    assert HIDDEN not in read_pickle(b"\x80\x02" + LOAD + b"q\x00)R0h\x00)R.").names
+
+
+@pytest.mark.parametrize("key", [(0,) * 17, ((1,),), (1, [2]), 2**70, [1], {"a": 1}])
+def test_keys_that_are_slow_to_hash_are_wrapped(key):
+    framed = read_pickle(b"\x80\x02}" + pickle.dumps(key, 2)[2:-1] + b"Ns.")
+    assert isinstance(next(iter(framed.value)), Record)
 
 
 def test_a_bomb_of_references_takes_no_room():
@@ -223,3 +267,22 @@ def test_where_a_pickle_ends():
     content = pickle.dumps([1]) + b"rest"
     assert content[read_pickle(content).end :] == b"rest"
     assert read_pickle(b"xx" + pickle.dumps(7), 2).value == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"\x80\x02cos\nsystem\n.", True),
+        (b"N0" * 500_100 + b"N.", True),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", True),
+        (b"\x80\x04\x95\x01" + bytes(7) + b"cXos\nsystem\n.", True),
+        (b"V" + b"x" * 2_000_000 + b"\ncos\nsystem\n.", True),
+        (b"]K\x01K\x02scos\nsystem\n.", True),
+        (b"\x80\x02N.", False),
+        (b"c\x00\x00{\nb\xff\n.", False),
+        (b"\x58\x01\x00\x00\x00\x00\x00\x00{", False),
+        (b"", False),
+    ],
+)
+def test_what_somebody_could_unpickle(content, wanted):
+    assert also_a_pickle(memoryview(content)) == wanted

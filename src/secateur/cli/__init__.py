@@ -92,6 +92,11 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         complain("interrupted")
         return EXIT_INTERRUPTED
+    except MemoryError:
+        if debug:
+            raise
+        complain("there is not enough memory for this; use a smaller file, fewer images or a larger machine")
+        return EXIT_UNEXPECTED
     except Exception as error:
         if debug:
             raise

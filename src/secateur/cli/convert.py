@@ -30,9 +30,10 @@ def convert(
         json: Print what was read as JSON on stdout.
     """
     folder = fresh(output, overwrite=overwrite) if output else None
+    reading = model_flags.look(file)
     from ..models import read_arch, save
 
-    model = model_flags.load(file)
+    model = model_flags.load(reading)
     origin = model.origin or {}
     earlier = read_arch(file)["steps"] if (file / "arch.json").is_file() else []
     home = folder or run_folder("convert", [str(file)])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SHOWN = 12
 FACTS = 12
 HEADLINES = {
-    "readable": "readable: nothing in it needs to run",
+    "readable": "readable here, running nothing of it",
     "refused": "REFUSED: do not load this file where it can run code",
     "unusable": "unusable",
 }
@@ -92,6 +92,8 @@ def _lines(found: Inspection, all: bool) -> Iterator[str]:
     for key, value in list(found.facts.items())[: None if all else FACTS]:
         if key not in ("arch", "input", "classes", "steps"):
             yield f"  {_text(key)[:11]:<11} {_text(str(value))}"
+    if any(finding.rule == "LOD-002" for finding in found.findings):
+        yield "  note        it names objects of unknown code: do not unpickle it elsewhere"
     for title, rows in (("findings", _findings(found)), ("tensors", _tensors(found, all))):
         if rows:
             yield from ("", f"  {title}", *(f"    {row}" for row in rows))

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from ..errors import MethodError, SecateurError
 
 if TYPE_CHECKING:
+    from ..intake import Reading
     from ..models import Classifier
 
 Output = Annotated[Path | None, Parameter(name=("--output", "-o"))]
@@ -22,35 +23,54 @@ Flag = Annotated[bool, Parameter(negative=())]
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class ModelFlags:
-    """What a checkpoint may not say of itself.
+class NetworkFlags:
+    """What a network is.
 
     Attributes:
         arch: Architecture: a name of the zoo, timm:NAME, torchvision:NAME, or file.py:factory (runs that file).
         mean: Mean per channel that the network was trained with, e.g. 0.5,0.5,0.5.
         std: Standard deviation per channel, likewise.
         input_size: Size of the images it takes, e.g. 32 or 32x48 (height x width).
-        classes: Class names in label order: cat,dog,... or a text file with one per line.
-        force: Take the weights of a file that names dangerous objects or has wrong checksums; nothing of it is run.
-        sandbox: Run a file that is a program in a sandbox, once, to take its weights.
-        trust_code: Run such a file here, without a fence.
     """
 
     arch: str | None = None
     mean: str | None = None
     std: str | None = None
     input_size: str | None = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ModelFlags(NetworkFlags):
+    """What a checkpoint may not say of itself, and what may be done to read it.
+
+    Attributes:
+        classes: Class names in label order: cat,dog,... or a text file with one per line.
+        force: Take the weights of a file that names dangerous objects or has wrong checksums; nothing of it is run.
+        sandbox: Run a file that is a program in a sandbox, once, to take its weights.
+        trust_code: Run such a file here, without a fence.
+    """
+
     classes: str | None = None
     force: Flag = False
     sandbox: Flag = False
     trust_code: Flag = False
 
-    def load(self, path: Path) -> Classifier:
-        """Load the network at ``path`` as these flags describe it."""
+    def look(self, path: Path) -> Reading:
+        """Read the file at ``path`` and refuse it if it must be; torch is not needed for that."""
+        from ..intake.reading import admit, read
+
+        reading = read(path)
+        if not (self.sandbox or self.trust_code):
+            admit(reading, force=self.force)
+        return reading
+
+    def load(self, reading: Reading) -> Classifier:
+        """Return the network that was read as these flags describe it."""
         from ..intake import load
 
         return load(
-            path,
+            reading,
             arch=self.arch,
             mean=numbers("mean", self.mean),
             std=numbers("std", self.std),

@@ -58,6 +58,7 @@ def repair(
     """
     folder = fresh(output, overwrite=run_flags.overwrite) if output else None
     check_gates(max_asr, max_acc_drop, trigger)
+    reading = model_flags.look(model)
     from .. import runs
     from ..data import load_data, load_trigger
     from ..methods import get, settings
@@ -68,7 +69,7 @@ def repair(
     if model.is_dir() and (model / "masks.safetensors").exists():
         say("note: the masks of an earlier repair are not held by this one: what was masked may come back")
     device = run_flags.set_up()
-    network = model_flags.load(model).to(device)
+    network = model_flags.load(reading).to(device)
     size = network.input_shape[1:] if resize else None
     with progress(f"repairing with {method}", show=run_flags.progress) as on_step:
         run = runs.repair(

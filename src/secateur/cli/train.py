@@ -10,10 +10,10 @@ from ..errors import MethodError
 from ..recipe import Recipe, read_recipe
 from .console import progress, say
 from .files import run_folder, write_result
-from .options import ModelFlags, Output, RunFlags, Settings, assignments, fresh, numbers, sides
+from .options import NetworkFlags, Output, RunFlags, Settings, assignments, fresh, numbers, sides
 from .repair import show
 
-NO_MODEL_FLAGS = ModelFlags()
+NO_NETWORK_FLAGS = NetworkFlags()
 NO_RUN_FLAGS = RunFlags()
 NOT_A_RECIPE = "width", "depth", "option"
 
@@ -28,7 +28,7 @@ def train(
     trigger: Path | None = None,
     checkpoint: Path | None = None,
     limit: int | None = None,
-    model_flags: ModelFlags = NO_MODEL_FLAGS,
+    network: NetworkFlags = NO_NETWORK_FLAGS,
     run_flags: RunFlags = NO_RUN_FLAGS,
 ) -> int:
     """Train a network of the zoo, or one that file.py:make builds, and write it as a bundle.
@@ -44,23 +44,23 @@ def train(
     """
     folder = fresh(output, overwrite=run_flags.overwrite) if output else None
     recipe, kwargs = _split(assignments(set))
-    if model_flags.arch is None:
+    if network.arch is None:
         raise MethodError("train needs --arch with a name of the zoo, e.g. --arch resnet20, or with file.py:make")
     from .. import runs
     from ..data import load_data, load_trigger
     from ..models import save
 
     device = run_flags.set_up()
-    size = sides(model_flags.input_size)
+    size = sides(network.input_size)
     images = load_data(data, size=size, limit=limit)
     with progress("training", show=run_flags.progress) as on_step:
         model, result = runs.train(
             images,
-            arch=model_flags.arch,
+            arch=network.arch,
             kwargs=kwargs,
             recipe=recipe,
-            mean=numbers("mean", model_flags.mean),
-            std=numbers("std", model_flags.std),
+            mean=numbers("mean", network.mean),
+            std=numbers("std", network.std),
             test=load_data(test, size=size) if test else None,
             trigger=load_trigger(trigger) if trigger else None,
             seed=run_flags.seed,

@@ -12,12 +12,14 @@ import zlib
 from dataclasses import dataclass
 
 from ..errors import ModelError
-from .view import View
+from .view import View, release
 
 MAX_ENTRIES = 100_000
 MAX_DIRECTORY = 16 * 2**20
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 END = struct.Struct("<4s4H2LH")
+END64 = struct.Struct("<4sQ2H2L4Q")
+LOCATOR = struct.Struct("<4sLQL")
 DESCRIPTOR = 24  # bytes that may follow an entry's data
 UNREADABLE = 0x1 | 0x20 | 0x40 | 0x2000  # flags of entries that are encrypted or patches
 SIZES_FOLLOW = 0x8  # the flag that sizes stand after the data, not in the entry's header
@@ -37,10 +39,17 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Archive:
-    """A checked archive: entries by their names, without the folder that all of them are in."""
+    """A checked archive: entries by their names.
+
+    Attributes:
+        data: All its bytes.
+        entries: Its files; without the name of the folder that all of them are in, if there is one.
+        rooted: Whether there is one, as torch writes it.
+    """
 
     data: memoryview
     entries: dict[str, Entry]
+    rooted: bool
 
     def read(self, name: str) -> memoryview:
         """Return the bytes of an entry; `ModelError` when it is missing or compressed."""
@@ -53,14 +62,18 @@ class Archive:
 
     def damaged(self) -> list[str]:
         """Return the names of entries whose checksum does not match."""
-        return [
-            name for name, entry in self.entries.items() if entry.method == STORED and zlib.crc32(self.read(name)) != entry.crc
-        ]
+        found = []
+        for name, entry in self.entries.items():
+            if entry.method == STORED and zlib.crc32(self.read(name)) != entry.crc:
+                found.append(name)
+            if entry.size > MAX_DIRECTORY:
+                release(self.data)
+        return found
 
 
 def open_archive(data: memoryview) -> Archive:
     """Check a zip archive and return it; `ModelError` tells what is wrong with it."""
-    _check_end(data)
+    end = _check_end(data)
     try:
         with zipfile.ZipFile(View(data)) as file:
             infos, directory = file.infolist(), file.start_dir
@@ -68,39 +81,63 @@ def open_archive(data: memoryview) -> Archive:
         raise ModelError("a damaged zip archive") from error
     if not 0 < len(infos) <= MAX_ENTRIES:
         raise ModelError(f"a zip archive must have 1 to {MAX_ENTRIES} entries, got {len(infos)}")
-    if END.unpack(data[-END.size :])[4] not in (len(infos), 0xFFFF):
-        raise ModelError("a damaged zip archive: its directory does not have as many entries as it says")
+    if (len(infos), directory) != (end.entries, end.start):
+        raise ModelError("a damaged zip archive: its directory is not where, or does not have what, its end says")
     found: dict[str, Entry] = {}
     spelled: set[str] = set()
-    end = 0
+    place = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         _check_name(info)
         if info.filename.casefold() in spelled:
             raise ModelError(f"an archive must have each entry once, but {_show(info.filename)} is there twice")
         spelled.add(info.filename.casefold())
-        start = _locate(data, info, end)
-        end = start + info.compress_size
+        start = _locate(data, info, place)
+        place = start + info.compress_size
         found[info.filename] = Entry(start, info.compress_size, info.compress_type, info.CRC)
-    if not 0 <= directory - end <= DESCRIPTOR:
+    if not 0 <= directory - place <= DESCRIPTOR:
         raise ModelError("a damaged zip archive: its entries and its directory do not follow each other")
     roots = {name.partition("/")[0] for name in found}
-    if len(roots) == 1 and all("/" in name for name in found):
+    rooted = len(roots) == 1 and all("/" in name for name in found)
+    if rooted:
         found = {name.partition("/")[2]: entry for name, entry in found.items()}
-    return Archive(data, found)
+    return Archive(data, found, rooted)
 
 
-def _check_end(data: memoryview) -> None:
+@dataclass(frozen=True)
+class _End:
+    entries: int
+    start: int
+
+
+def _check_end(data: memoryview) -> _End:
+    """Return what the end of an archive says of its directory: everything in its place, byte by byte, and no comment."""
     tail = bytes(data[-END.size :])
     if len(tail) < END.size or tail[:4] != b"PK\x05\x06" or END.unpack(tail)[-1] != 0:
         raise ModelError("a zip archive must end where its directory ends: this one is cut, or something follows it")
-    if min(END.unpack(tail)[5], len(data)) > MAX_DIRECTORY and END.unpack(tail)[5] != 0xFFFFFFFF:
-        raise ModelError(f"a zip archive's directory must have at most {MAX_DIRECTORY} bytes")
-    wide = bytes(data[-END.size - 20 : -END.size])
-    if wide[:4] == b"PK\x06\x07":
-        place = struct.unpack("<Q", wide[8:16])[0]
-        record = bytes(data[place : place + 56]) if place < len(data) else b""
-        if len(record) == 56 and struct.unpack("<Q", record[40:48])[0] > MAX_DIRECTORY:
-            raise ModelError(f"a zip archive's directory must have at most {MAX_DIRECTORY} bytes")
+    _, disk, first_disk, here, entries, size, start, _ = END.unpack(tail)
+    stop = len(data) - END.size
+    if bytes(data[max(0, stop - LOCATOR.size) :][:4]) == b"PK\x06\x07":
+        stop -= LOCATOR.size + END64.size
+        _, _, place, _ = LOCATOR.unpack(data[stop + END64.size : stop + END64.size + LOCATOR.size])
+        if stop < 0 or place != stop or bytes(data[stop : stop + 4]) != b"PK\x06\x06":
+            raise ModelError("a damaged zip archive: its end points at another end")
+        _, length, _, _, disk, first_disk, wide_here, wide_entries, wide_size, wide_start = END64.unpack(
+            data[stop : stop + END64.size]
+        )
+        narrow = (
+            (here, wide_here, 0xFFFF),
+            (entries, wide_entries, 0xFFFF),
+            (size, wide_size, 2**32 - 1),
+            (start, wide_start, 2**32 - 1),
+        )
+        if length != END64.size - 12 or any(small not in (wide, limit) for small, wide, limit in narrow):
+            raise ModelError("a damaged zip archive: its two ends say different things")
+        here, entries, size, start = wide_here, wide_entries, wide_size, wide_start
+    if size > MAX_DIRECTORY:
+        raise ModelError(f"a zip archive's directory must have at most {MAX_DIRECTORY} bytes, got {size}")
+    if here != entries or disk or first_disk or start + size != stop:
+        raise ModelError("a damaged zip archive: its directory is not where its end says, or something stands between them")
+    return _End(entries, start)
 
 
 def _check_name(info: zipfile.ZipInfo) -> None:

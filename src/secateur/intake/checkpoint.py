@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..architectures import architecture, is_external, is_reference, resolve
 from ..errors import ModelError, RefusedError
 from ..models.bundle import load_bundle
+from ..models.description import read_arch
 from ..models.factory import call_factory, import_factory
 from ..models.registry import COUNTERS, Shapes, fit, nearest, recognise, shapes_of, skeleton
 from ..models.weights import assign, count_outputs
@@ -28,11 +29,12 @@ from .reading import Reading, admit, read, read_one, show
 from .sniff import PROGRAMS
 from .tensors import Stored, check_total
 
+MAX_SIDE = 4096  # of an image, as in arch.json
 T = TypeVar("T")
 
 
 def load(
-    path: str | Path,
+    path: str | Path | Reading,
     *,
     arch: str | None = None,
     arch_kwargs: Mapping[str, Any] | None = None,
@@ -47,7 +49,8 @@ def load(
     """Read a network and return it in eval mode; its ``origin`` says from what, and what was noticed.
 
     Args:
-        path: A bundle, a folder as Hugging Face keeps it, a safetensors file, a torch checkpoint or a pickle.
+        path: A bundle, a folder as Hugging Face keeps it, a safetensors file, a torch checkpoint or a pickle; or what `read`
+            made of it.
         arch: Name of the architecture, also ``timm:NAME`` or ``torchvision:NAME``, or ``file.py:make`` of the user's own code;
             None recognises it by its shapes.
         arch_kwargs: Arguments of the architecture that shapes cannot tell, such as the heads of a ViT.
@@ -63,19 +66,21 @@ def load(
         ModelError: The file is damaged, or its network is unknown or does not fit ``arch``.
         RefusedError: The file could only be read by running code from it, or is made to run some.
     """
-    path = Path(path)
-    if (path / "arch.json").is_file():
+    reading = path if isinstance(path, Reading) else read(path)
+    path = reading.path
+    if reading.format == "bundle":
         own_code = arch if arch is not None and is_reference(arch) else None
         given = {"mean": mean, "std": std, "input_size": input_size, "classes": classes, "arch_kwargs": arch_kwargs}
         said = [name for name, value in {**given, "arch": arch if own_code is None else None}.items() if value is not None]
+        if own_code is not None and read_arch(path)["arch"]["factory"] is None:
+            said.append("arch")
         if said:
             raise ModelError(f"a bundle says its own {said[0]}: leave it out")
-        reading = read(path)
         admit(reading)
         model = load_bundle(path, factory=own_code)
         model.origin = _origin(reading, "data")
         return model
-    weights = _weights(read(path), force=force, sandbox=sandbox, trust_code=trust_code)
+    weights = _weights(reading, force=force, sandbox=sandbox, trust_code=trust_code)
     facts = {**_beside(weights.reading), **weights.reading.facts}
     own = facts.get("kwargs", {}) if arch is None else {}
     try:
@@ -84,6 +89,8 @@ def load(
         raise ModelError(f"{error}{hint(weights.reading)}") from error
     usual = _usual(description)
     height, width = _sides(input_size) or facts.get("input_size") or usual["input_size"]
+    if not 1 <= min(height, width) <= max(height, width) <= MAX_SIDE:
+        raise ModelError(f"input_size must lie in [1, {MAX_SIDE}], got {height}x{width}")
     input_shape = (_in_channels(net), height, width)
     outputs = count_outputs(net, input_shape)
     names = classes or facts.get("classes") or [str(label) for label in range(outputs)]
@@ -98,7 +105,8 @@ def load(
         std=std or facts.get("std") or usual["std"],
         arch=description,
     ).eval()
-    noticed = [Finding("LOD-011", "gives probabilities, not logits")] if _answers_probabilities(model) else []
+    softmax = description.get("name") is None and _answers_probabilities(model)  # no network of the zoo ends in one
+    noticed = [Finding("LOD-011", "gives probabilities, not logits")] if softmax else []
     model.origin = _origin(replace(weights.reading, findings=(*weights.reading.findings, *noticed)), weights.loader)
     return model
 
@@ -184,6 +192,19 @@ def _network(
     state = _renamed(state, renaming)
     kwargs = resolve(arch, fit(arch, shapes_of(state), kwargs))
     return skeleton(arch, kwargs), state, {"name": arch, "kwargs": kwargs}
+
+
+def fitting(tensors: Mapping[str, Any], arch: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with which the architecture ``arch`` has weights of these names and shapes.
+
+    Raises:
+        ModelError: There are none.
+    """
+    for renaming in candidates(tensors):
+        shapes = shapes_of(_renamed(tensors, renaming))
+        if _fits(arch, shapes, kwargs):
+            return resolve(arch, fit(arch, shapes, kwargs))
+    raise ModelError(f"the weights are not those of {arch}, which the folder names")
 
 
 def recognised(tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, str]]:

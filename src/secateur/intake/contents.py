@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from ..errors import ModelError
@@ -17,8 +18,13 @@ CONTAINERS = (
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
 LEFTOVERS = ("total_ops", "total_params", "n_averaged")  # of profilers and averaging wrappers
 COUNTERS = "num_batches_tracked"
+TRAINING = ("optimizer", "optim", "optimizer_state_dict", "scheduler", "lr_scheduler", "scaler", "amp")
 MAX_DEPTH = 64
+MAX_TENSORS = 100_000
+MAX_CONTAINERS = 10_000
+MAX_PREFIXES = 8
 MAX_FACTS = 40
+MAX_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ def find_weights(value: Any) -> Contents:
     while len(path) < MAX_DEPTH:
         if _is_module(value):
             layers: dict[str, Layer] = {}
-            tensors = dict(_walk(value, "", layers, set()))
+            tensors = dict(islice(_walk(value, "", layers, set()), MAX_TENSORS + 1))
+            if len(tensors) > MAX_TENSORS:
+                raise ModelError(f"a pickled network must have at most {MAX_TENSORS} tensors")
             return Contents(_tidy(tensors), tuple(path), facts, layers)
         items = _items(value)
         facts |= {key: found for key, found in _facts(items).items() if key not in facts and len(facts) < MAX_FACTS}
@@ -69,7 +77,10 @@ def candidates(names: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Yield renamings of a state dict, file's name -> name: as it is, then without each prefix that all names share."""
     renamed = {name: name for name in names}
     yield renamed
-    while renamed and (prefix := next((p for p in PREFIXES if all(new.startswith(p) for new in renamed.values())), None)):
+    for _ in range(MAX_PREFIXES):
+        prefix = next((p for p in PREFIXES if all(new.startswith(p) for new in renamed.values())), None)
+        if prefix is None or not renamed:
+            return
         renamed = {name: new.removeprefix(prefix) for name, new in renamed.items()}
         yield renamed
 
@@ -93,7 +104,7 @@ def _items(value: Any) -> dict[Any, Any]:
 
 
 def _is_weight(key: Any, value: Any) -> bool:
-    return isinstance(key, str) and (isinstance(value, Stored) or _is_foreign(value))
+    return isinstance(key, str) and len(key) <= MAX_NAME and (isinstance(value, Stored) or _is_foreign(value))
 
 
 def _is_foreign(value: Any) -> bool:
@@ -106,19 +117,30 @@ def _is_foreign(value: Any) -> bool:
 
 def _inner(items: Mapping[Any, Any]) -> str | None:
     """Return the key of the container to open next; None when the weights are here, or nowhere."""
-
-    def holds(value: Any) -> bool:
-        return _is_module(value) or any(_is_weight(k, v) or _is_module(v) or _items(v) for k, v in _items(value).items())
-
-    named = next((key for key in CONTAINERS if key in items and holds(items[key])), None)
-    if named is not None or any(_is_weight(key, value) for key, value in items.items()):
+    seen: dict[int, int] = {}
+    inside = {key: _count(value, seen) for key, value in items.items() if isinstance(key, str) and not _is_weight(key, value)}
+    holding = {key: count for key, count in inside.items() if count}
+    here = sum(_is_weight(key, value) for key, value in items.items())
+    named = next((key for key in CONTAINERS if key in holding), None)
+    if named is not None and not here:
         return named
-    others = [key for key, value in items.items() if isinstance(key, str) and (_is_module(value) or _weights_in(value))]
-    return others[0] if len(others) == 1 else None
+    largest = [key for key, count in holding.items() if count > here]  # one stray tensor beside a network is not the network
+    if named in largest:
+        return named
+    return largest[0] if len(largest) == 1 and (not here or largest[0] not in TRAINING) else None
 
 
-def _weights_in(value: Any) -> bool:
-    return any(_is_weight(key, inner) for key, inner in _items(value).items())
+def _count(value: Any, seen: dict[int, int], depth: int = 8) -> int:
+    """Return how many tensors the fullest mapping in a container has; modules count as the fullest. ``seen`` is its memory."""
+    if _is_module(value):
+        return 2**31
+    items = _items(value)
+    if not items or id(value) in seen or len(seen) > MAX_CONTAINERS:
+        return seen.get(id(value), 0)
+    seen[id(value)] = sum(_is_weight(key, inner) for key, inner in items.items())
+    if not seen[id(value)] and depth:
+        seen[id(value)] = max(_count(inner, seen, depth - 1) for inner in items.values())
+    return seen[id(value)]
 
 
 def _walk(module: Record, prefix: str, layers: dict[str, Layer], above: set[int]) -> Iterator[tuple[str, Stored | Record]]:

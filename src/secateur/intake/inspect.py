@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..errors import ModelError, RefusedError
 from .findings import Finding
 from .pickles import Record
-from .reading import Reading, admit, read
+from .reading import Reading, admit, read, show
 from .tensors import Stored, TensorInfo
 
 Verdict = Literal["readable", "refused", "unusable"]
@@ -77,6 +77,8 @@ def inspect(path: str | Path, *, match: bool = True) -> Inspection:
         ModelError: There is nothing there, it is no checkpoint, or it is too damaged to say anything about.
     """
     reading = read(path)
+    if reading.problem and not reading.refusal:
+        raise ModelError(f"{show(reading.path)}: {reading.problem}")
     verdict, why = _judge(reading)
     weights = {} if reading.contents is None else reading.contents.tensors
     tensors = reading.described or tuple(_look(name, tensor) for name, tensor in weights.items())
@@ -115,7 +117,9 @@ def _judge(reading: Reading) -> tuple[Verdict, str | None]:
 def _look(name: str, tensor: Stored | Record) -> TensorInfo:
     if isinstance(tensor, Record):
         return TensorInfo(name, "?", (), None)
-    return TensorInfo(name, tensor.dtype, tensor.shape, tensor.count_nonfinite())
+    looked = TensorInfo(name, tensor.dtype, tensor.shape, tensor.count_nonfinite())
+    tensor.release()
+    return looked
 
 
 def _digest(weights: Mapping[str, Stored | Record]) -> str | None:
@@ -126,19 +130,22 @@ def _digest(weights: Mapping[str, Stored | Record]) -> str | None:
         total.update(repr((name, tensor.dtype, tensor.shape)).encode())
         for block in tensor.blocks():
             total.update(block.data)
+        tensor.release()
     return total.hexdigest() if weights else None
 
 
 def _match(found: Inspection, reading: Reading) -> Inspection:
     if reading.format == "bundle":
         return _rebuilt(replace(found, architecture=reading.facts["arch"]))
-    if reading.facts.get("arch"):
-        return replace(found, architecture={"name": reading.facts["arch"], "kwargs": reading.facts.get("kwargs", {})})
-    from .checkpoint import hint, recognised
+    from .checkpoint import fitting, hint, recognised
 
     assert reading.contents is not None
+    tensors = {name: tensor for name, tensor in reading.contents.tensors.items() if isinstance(tensor, Stored)}
     try:
-        name, kwargs, _ = recognised({name: t for name, t in reading.contents.tensors.items() if isinstance(t, Stored)})
+        if name := reading.facts.get("arch"):
+            kwargs = fitting(tensors, name, reading.facts.get("kwargs", {}))
+        else:
+            name, kwargs, _ = recognised(tensors)
     except ModelError as error:
         return replace(found, unmatched=f"{error}{hint(reading)}")
     return replace(found, architecture={"name": name, "kwargs": kwargs})

@@ -8,6 +8,7 @@ running code (``timeit``, ``pdb``, ``logging.config``, ``idlelib``, ...).
 from __future__ import annotations
 
 import sys
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -62,7 +63,12 @@ HARMLESS: Mapping[str, frozenset[str]] = {
     "numpy._core.multiarray": _names("_reconstruct scalar"),
     "numpy.core.numeric": _names("_frombuffer"),
     "numpy._core.numeric": _names("_frombuffer"),
-    "torch.nn.functional": _names("relu relu6 gelu silu elu leaky_relu softmax log_softmax hardswish mish softplus"),
+    "torch": _names("relu sigmoid tanh softmax flatten sin cos exp abs"),
+    "torch.nn.functional": _names(
+        "relu relu6 gelu silu elu selu celu leaky_relu softmax log_softmax hardswish hardtanh hardsigmoid mish softplus "
+        "sigmoid tanh logsigmoid softsign tanhshrink glu prelu threshold interpolate max_pool2d avg_pool2d dropout "
+        "adaptive_avg_pool2d adaptive_max_pool2d cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss normalize pad linear"
+    ),
     "torch.autograd.variable": _names("Variable"),
 }
 # Packages whose classes a pickled network or its training state is made of.
@@ -99,10 +105,6 @@ DANGEROUS_WITHIN = (
     *("cffi", "Cython", "numba", "jinja2", "mako", "werkzeug", "flask", "django", "tornado", "twisted", "gevent", "yaml"),
     *("tensorflow", "keras", "mlflow", "fsspec", "huggingface_hub", "boto3", "botocore", "pydash", "secateur", "fickling"),
 )
-DANGEROUS_FUNCTIONS: Mapping[str, frozenset[str]] = {
-    "torch": _names("load save compile hub jit ops classes package export fx utils serialization multiprocessing library"),
-    "numpy": _names("load save savez savez_compressed savetxt loadtxt genfromtxt fromfile fromregex memmap DataSource"),
-}
 # Modules of other versions and systems than the one this runs on; `sys.stdlib_module_names` has the rest.
 OTHER_PYTHONS = _names(
     "__builtin__ commands copy_reg cPickle popen2 os2 posix nt ntpath ce riscos asyncore asynchat smtpd imp lib2to3 distutils "
@@ -113,7 +115,17 @@ OTHER_PYTHONS = _names(
     "_testcapi _testinternalcapi _testlimitedcapi _testclinic _testbuffer _testmultiphase _testimportmultiple _xxtestfuzz "
     "_testexternalinspection"
 )
-STANDARD_LIBRARY = sys.stdlib_module_names | OTHER_PYTHONS
+PYTHON2_NAMES = {name.partition(".")[0] for name in (*IMPORT_MAPPING, *(module for module, _ in NAME_MAPPING))}
+STANDARD_LIBRARY = sys.stdlib_module_names | OTHER_PYTHONS | PYTHON2_NAMES
+# In these packages what is on no list and no class is taken for dangerous: they hand on whole modules of the standard library.
+LARGE_PACKAGES = frozenset({"torch", "numpy", "torchvision", "timm", "torchaudio", "transformers", "scipy", "sklearn"})
+# Classes of other packages that run something, when one of these hands them on.
+DANGEROUS_CLASSES = _names(
+    "Popen CDLL PyDLL OleDLL WinDLL Process Pool ThreadPool Thread Timer ThreadPoolExecutor ProcessPoolExecutor Unpickler "
+    "InteractiveInterpreter InteractiveConsole FunctionType LambdaType CodeType MethodType ModuleType SourceFileLoader Loader "
+    "NamedTemporaryFile TemporaryFile TemporaryDirectory FileIO ZipFile TarFile Environment Template Pdb Trace Profile Request "
+    "OpenerDirector Server SMTP FTP ServerProxy Repo PackageImporter PackageExporter PyTorchFileReader"
+)
 PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
@@ -128,6 +140,8 @@ def judge(name: Name) -> Verdict:
         return "harmless"
     path = name.name.split(".")
     plain_class = len(path) == 1 and name.name.isidentifier() and name.name[0].isupper()
+    if path[-1] in DANGEROUS_CLASSES and module.partition(".")[0] in LARGE_PACKAGES:
+        return "dangerous"
     if plain_class and _within(module, HARMLESS_WITHIN):
         return "harmless"
     top = module.partition(".")[0]
@@ -135,7 +149,7 @@ def judge(name: Name) -> Verdict:
         return "dangerous"
     if len(path) > 1 and not all(part[:1].isupper() for part in path):  # not a class in a class, but a walk through modules
         return "dangerous"
-    if name.name.startswith("__") or path[0] in DANGEROUS_FUNCTIONS.get(module, ()):
+    if name.name.startswith("__") or (top in LARGE_PACKAGES and not name.name[:1].isupper()):
         return "dangerous"
     return "unknown"
 

@@ -7,7 +7,9 @@ A global becomes a `Name`, a call becomes a `Record` of what would have been cal
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,8 @@ from ..errors import ModelError
 from .view import View
 
 MAX_OPCODES = 1_000_000
+MAX_NAMES = 10_000
+MAX_KEY = 16  # values in a tuple that is a key: it is hashed anew for every item set
 FRAME_HEADER = 9  # bytes of the opcode FRAME with its argument
 
 
@@ -51,6 +55,26 @@ class Record:
 Call = Callable[[tuple[Any, ...]], Any]
 Names = dict[Name, tuple[Any, ...] | None]
 HIDDEN = Name("?", "?")  # a global whose name is computed, or kept outside the pickle
+DIRECT = frozenset({Name("torch.storage", "_load_from_bytes")})  # reads another pickle, so it must be seen with what it reads
+
+
+@dataclass
+class Budget:
+    """What all pickles of one file may cost together.
+
+    Attributes:
+        opcodes: Steps that are left.
+        made: Bytes that calls may still make out of arguments, which can be used again and again.
+    """
+
+    opcodes: int = MAX_OPCODES
+    made: int = 2**26
+
+    def make(self, amount: int) -> None:
+        """Spend; `ModelError` when it is too much."""
+        self.made -= amount
+        if self.made < 0:
+            raise ModelError("the pickle makes much more out of little, as a bomb does")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +99,7 @@ def read_pickle(
     calls: Mapping[Name, Call] | None = None,
     persistent: Callable[[Any], Any] | None = None,
     names: Names | None = None,
+    budget: Budget | None = None,
 ) -> Pickle:
     """Follow one pickle.
 
@@ -84,19 +109,21 @@ def read_pickle(
         calls: What to make of calls: global -> function of the arguments. It may raise `ModelError`.
         persistent: What to make of persistent ids; None refuses them.
         names: Filled with the globals, also when the pickle turns out to be damaged.
+        budget: What is left for this file.
 
     Raises:
-        ModelError: The pickle is damaged, or longer than `MAX_OPCODES` steps.
+        ModelError: The pickle is damaged, or takes more than the budget.
     """
     file = View(memoryview(content))
     file.seek(start)
     machine = _Machine(calls or {}, persistent, {} if names is None else names)
+    budget = Budget() if budget is None else budget
     previous = frame = 0
     try:
-        for count, (opcode, argument, position) in enumerate(pickletools.genops(file)):
-            assert position is not None
-            if count > MAX_OPCODES:
-                raise ModelError(f"a pickle must have at most {MAX_OPCODES} opcodes, got more")
+        for opcode, argument, position in _opcodes(file):
+            budget.opcodes -= 1
+            if budget.opcodes < 0:
+                raise ModelError(f"the pickles of a file must have at most {MAX_OPCODES} opcodes, got more")
             if previous < frame < position or (opcode.name == "FRAME" and position < frame):
                 raise ValueError("a frame that ends within an opcode is read by every implementation in its own way")
             if opcode.name == "FRAME":
@@ -105,9 +132,42 @@ def read_pickle(
             machine.step(opcode.name, argument)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError("the pickle is damaged: its opcodes make no sense") from error
+    finally:
+        if machine.indirect > 0:
+            machine.names[HIDDEN] = None
     if frame > len(content):
         raise ModelError("the pickle is damaged: a frame is longer than the file")
     return Pickle(machine.stack[-1], machine.names, file.tell())
+
+
+def also_a_pickle(data: memoryview) -> bool:
+    """Return whether a file of another format, unpickled by somebody, could get as far as importing something.
+
+    Only the opcodes are looked at, not what they do: any reader stops where they end, none has to stop before.
+    """
+    strings = previous = frame = 0
+    try:
+        for count, (opcode, argument, position) in enumerate(_opcodes(View(data, max_line=2**28))):
+            if count > MAX_OPCODES or previous < frame < position:
+                return True
+            if opcode.name == "FRAME":
+                frame = position + FRAME_HEADER + int(argument or 0)
+            previous = position
+            words = str(argument).split(" ") if opcode.name in ("GLOBAL", "INST") else [argument]
+            plausible = sum(isinstance(word, str) and re.fullmatch(r"[^\W\d][\w.]{0,999}", word) is not None for word in words)
+            if plausible == 2 or (opcode.name == "STACK_GLOBAL" and strings >= 2):
+                return True
+            strings += plausible
+    except (ValueError, IndexError, OverflowError):
+        return False
+    return False
+
+
+def _opcodes(file: View) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # about backslashes in texts
+        for opcode, argument, position in pickletools.genops(file):
+            yield opcode, argument, position or 0
 
 
 class _Machine:
@@ -118,6 +178,7 @@ class _Machine:
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.calls, self.persistent, self.names = calls, persistent, names
+        self.indirect = 0  # times that a name of `DIRECT` was taken, less times that it was called
 
     def step(self, opcode: str, argument: Any) -> None:
         if opcode in LITERALS:
@@ -136,14 +197,19 @@ class _Machine:
         plain = isinstance(module, str) and isinstance(name, str) and max(len(module), len(name)) <= 1000
         found = Name(module, name) if plain else HIDDEN
         self.names.setdefault(found, None)
+        if len(self.names) > MAX_NAMES:
+            raise ModelError(f"a pickle must name at most {MAX_NAMES} objects, got more")
+        self.indirect += found in DIRECT
         return found
 
     def _call(self, callee: Any, arguments: Any) -> Any:
         given = arguments if isinstance(arguments, tuple) else (arguments,)
-        if not isinstance(callee, Name):
+        if not isinstance(callee, Name):  # what is called is computed
+            self.names[HIDDEN] = None
             return Record(callee, given)
         if self.names.get(callee) is None:
             self.names[callee] = given
+        self.indirect -= callee in DIRECT
         known = self.calls.get(callee)
         return Record(callee, given) if known is None else known(given)
 
@@ -163,6 +229,7 @@ class _Machine:
         self._to_mark()
 
     def _dup(self, _: Any) -> None:
+        self.indirect += isinstance(self.stack[-1], Name) and self.stack[-1] in DIRECT
         self.stack.append(self.stack[-1])
 
     def _memoize(self, _: Any) -> None:
@@ -174,7 +241,9 @@ class _Machine:
     _binput = _long_binput = _put
 
     def _get(self, index: int) -> None:
-        self.stack.append(self.memo[index])
+        found = self.memo[index]
+        self.indirect += isinstance(found, Name) and found in DIRECT
+        self.stack.append(found)
 
     _binget = _long_binget = _get
 
@@ -278,13 +347,18 @@ class _Machine:
 
     def _newobj_ex(self, _: Any) -> None:
         keywords, arguments, callee = self.stack.pop(), self.stack.pop(), self.stack.pop()
-        self.stack.append(Record(callee, (arguments, keywords)))
+        self.stack.append(self._call(callee, (arguments, keywords)))
 
     def _build(self, _: Any) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, Record):
             target.state = state
+        elif not isinstance(target, dict):  # of a module or a class, say
+            self.names[HIDDEN] = None
+        parts = state if isinstance(state, tuple) else (state,)
+        if any(isinstance(key, str) and _is_hook(key) for part in parts if isinstance(part, dict) for key in part):
+            self.names[HIDDEN] = None
 
     def _persid(self, argument: Any) -> None:
         if self.persistent is None:
@@ -295,11 +369,16 @@ class _Machine:
         self._persid(self.stack.pop())
 
 
+def _is_hook(attribute: str) -> bool:
+    """Whether an attribute changes what later opcodes call on an object."""
+    return attribute in ("append", "extend", "add") or (attribute.startswith("__") and attribute.endswith("__"))
+
+
 def _is_flat(key: Any) -> bool:
-    """Whether hashing the key is quick: a nested tuple is hashed by recursion in C, however deep it is."""
-    return not isinstance(key, tuple | list | dict | bytearray) or (
-        isinstance(key, tuple) and not any(isinstance(part, tuple | list | dict | bytearray) for part in key)
-    )
+    """Whether hashing is quick: a nested tuple is hashed by recursion in C, a long one or a huge number anew each time."""
+    if isinstance(key, tuple):
+        return len(key) <= MAX_KEY and not any(isinstance(part, tuple) or not _is_flat(part) for part in key)
+    return not isinstance(key, list | dict | bytearray) and (type(key) is not int or abs(key) < 2**64)
 
 
 CONSTANTS: Mapping[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}

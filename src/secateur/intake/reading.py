@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from .archive import Archive, open_archive
 from .contents import Contents, find_weights
 from .findings import Finding
 from .names import findings as judge_all
-from .pickles import Record
+from .pickles import Record, also_a_pickle
 from .safetensorsfile import looks_like_safetensors, read_safetensors
-from .sniff import PICKLE_STARTS, PROGRAMS, Format, contradicts, kind_of_zip, known_elsewhere
+from .sniff import PICKLE_STARTS, PROGRAMS, Format, contradicts, is_tar, kind_of_zip, known_elsewhere
 from .tensors import Stored, TensorInfo, check_total
 from .torchfile import TorchFile, read_pickled, read_zipped
+from .view import sha256
 
 MAX_FILE = 8 * 2**30
 
@@ -32,8 +34,7 @@ class Reading:
     Attributes:
         path: The file, or the folder.
         format: By its content.
-        size: Bytes of its weights file or files.
-        sha256: Of the file; of the first one when there are several.
+        files: Its weights file or files, by name: their content.
         findings: What is worth telling.
         contents: The weights; None when there are none to be read here.
         names: Globals that a pickle names.
@@ -44,14 +45,26 @@ class Reading:
 
     path: Path
     format: Format
-    size: int
-    sha256: str
+    files: Mapping[str, memoryview]
     findings: tuple[Finding, ...] = ()
     contents: Contents | None = None
     names: tuple[str, ...] = ()
     problem: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     described: tuple[TensorInfo, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of its weights file or files."""
+        return sum(map(len, self.files.values()))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of its weights file; when there are several, of a line with name and digest for each."""
+        digests = {name: sha256(data) for name, data in self.files.items()}
+        if len(digests) == 1:
+            return next(iter(digests.values()))
+        return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests.items()).encode()).hexdigest()
 
     @property
     def refusal(self) -> str | None:
@@ -78,7 +91,7 @@ def read(path: str | Path) -> Reading:
 def read_one(path: Path) -> Reading:
     """Read one file; see `read`."""
     data = map_file(path)
-    reading = _by_content(path, data, bytes(data[:512]), hashlib.sha256(data).hexdigest())
+    reading = _by_content(path, data, bytes(data[:512]))
     if contradicts(path, reading.format):
         told = Finding("LOD-005", f"the name ends in {path.suffix.lower()}, the content is {reading.format}")
         reading = replace(reading, findings=(*reading.findings, told))
@@ -111,11 +124,13 @@ def _hub_folder(path: Path) -> Reading:
         "files": [part.path.name for part in parts],
     }
     first = next((part for part in parts if part.problem or part.contents is None), parts[0])
+    if first.format in PROGRAMS or first.format == "onnx":  # a matter of that file alone
+        return replace(first, findings=tuple(findings))
     merged = replace(
         first,
         path=path,
         format="huggingface",
-        size=sum(part.size for part in parts),
+        files={name: data for part in parts for name, data in part.files.items()},
         findings=tuple(findings),
         names=tuple(name for part in parts for name in part.names),
         facts={key: value for key, value in facts.items() if value},
@@ -184,31 +199,35 @@ def admit(reading: Reading, *, force: bool = False) -> Contents:
     wrong = next((finding for finding in reading.findings if finding.rule == "LOD-007"), None)
     if wrong and not force:
         raise ModelError(f"{where}: {wrong.message}; fetch it again, or read it as it is with --force")
-    if reading.contents is None:
+    if reading.format == "onnx" or reading.contents is None:
         raise ModelError(f"{where} is an ONNX graph, which cannot be repaired: give the PyTorch weights it was exported from")
     if not reading.contents.tensors:
         raise ModelError(f"{where} must hold a state dict: named tensors, also under state_dict, model, net and the like")
     return reading.contents
 
 
-def _by_content(path: Path, data: memoryview, head: bytes, digest: str) -> Reading:
+def _by_content(path: Path, data: memoryview, head: bytes) -> Reading:
     if head.startswith(b"PK\x03\x04"):
-        return _zip(path, data, digest)
+        return _zip(path, data)
+    if is_tar(head):  # torch.load looks for these first, whatever else the file is
+        raise ModelError(
+            f"{show(path)} can be read as a tar archive: unpack it, or save the checkpoint with torch 1.6 or later"
+        )
     if looks_like_safetensors(head, len(data)):
-        if read_pickled(data).names:
+        if also_a_pickle(data):
             raise ModelError(f"{show(path)} can be read as safetensors and as a pickle; such a file is made to deceive")
         tensors = _told(path, lambda: read_safetensors(path, data))
-        return _complete(Reading(path, "safetensors", len(data), digest), tensors)
+        return _complete(Reading(path, "safetensors", {path.name: data}), tensors)
     if head.startswith(b"\x80"):
-        return _pickle(path, data, digest)
+        return _pickle(path, data)
     if word := known_elsewhere(head):
         raise ModelError(f"{show(path)} is no checkpoint but {word}")
     from .onnxfile import looks_like_onnx
 
     if looks_like_onnx(head):
-        return _onnx(path, data, digest)
+        return _onnx(path, data)
     if head[0] in PICKLE_STARTS:
-        reading = _pickle(path, data, digest)
+        reading = _pickle(path, data)
         if reading.names or not reading.problem:
             return reading
     raise ModelError(f"{show(path)} must be a bundle, a safetensors file or a torch checkpoint; its first bytes are of neither")
@@ -221,15 +240,17 @@ def _told(path: Path, read: Any) -> Any:
         raise ModelError(f"{show(path)}: {error}") from error
 
 
-def _zip(path: Path, data: memoryview, digest: str) -> Reading:
+def _zip(path: Path, data: memoryview) -> Reading:
     archive: Archive = _told(path, lambda: open_archive(data))
     kind = kind_of_zip(archive.entries)
-    reading = Reading(path, "torch-zip", len(data), digest, facts={"entries": len(archive.entries)})
+    reading = Reading(path, "torch-zip", {path.name: data}, facts={"entries": len(archive.entries)})
     if kind in PROGRAMS:
         told = Finding("LOD-004", f"is {PROGRAMS[kind]}")
         return replace(reading, format=kind, findings=(told,))  # type: ignore[arg-type]
     if kind != "torch-zip":
         raise ModelError(f"{show(path)} is {kind}")
+    if not archive.rooted:
+        raise ModelError(f"{show(path)} must have all its entries in one folder, as torch writes them")
     reading = _torch(reading, read_zipped(archive))
     damaged = [] if all(entry.crc == 0 for entry in archive.entries.values()) else archive.damaged()
     if damaged:
@@ -239,9 +260,9 @@ def _zip(path: Path, data: memoryview, digest: str) -> Reading:
     return reading
 
 
-def _pickle(path: Path, data: memoryview, digest: str) -> Reading:
+def _pickle(path: Path, data: memoryview) -> Reading:
     legacy = bytes(data[2:13]) == b"\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50"
-    return _torch(Reading(path, "torch-legacy" if legacy else "pickle", len(data), digest), read_pickled(data))
+    return _torch(Reading(path, "torch-legacy" if legacy else "pickle", {path.name: data}), read_pickled(data))
 
 
 def _torch(reading: Reading, file: TorchFile) -> Reading:
@@ -262,8 +283,8 @@ def _complete(reading: Reading, value: Any) -> Reading:
     return replace(reading, contents=contents, findings=(*reading.findings, *told))
 
 
-def _onnx(path: Path, data: memoryview, digest: str) -> Reading:
+def _onnx(path: Path, data: memoryview) -> Reading:
     from .onnxfile import read_onnx
 
     found = read_onnx(path)
-    return Reading(path, "onnx", len(data), digest, findings=found.findings, facts=found.facts, described=found.tensors)
+    return Reading(path, "onnx", {path.name: data}, findings=found.findings, facts=found.facts, described=found.tensors)

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
-from .tensors import Storage, Stored, contiguous
+from .tensors import MAX_DIMENSIONS, Storage, Stored, contiguous
 
 MAX_HEADER = 32 * 2**20
 MAX_TENSORS = 100_000
@@ -48,6 +48,8 @@ def read_safetensors(path: Path, data: memoryview) -> dict[str, Stored]:
 
 
 def _stored(fields: dict[str, Any], data: memoryview) -> Stored:
+    if len(fields["shape"]) > MAX_DIMENSIONS:
+        raise ModelError(f"a tensor must have at most {MAX_DIMENSIONS} dimensions, got {len(fields['shape'])}")
     shape, (start, stop) = tuple(fields["shape"]), fields["data_offsets"]
     storage = Storage(stop - start)
     storage.fill(data[start:stop])

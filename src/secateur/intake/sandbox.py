@@ -40,7 +40,7 @@ SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/
 KERNEL = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random", "/proc/cpuinfo")  # bubblewrap makes its own
 ENVIRONMENT = {
     **{"HOME": "/tmp", "USER": "nobody", "LOGNAME": "nobody", "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"},
-    **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_KERNEL": ""},
+    **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     "TORCHINDUCTOR_CACHE_DIR": "/tmp",  # torch makes this folder when it imports its exporter; this one is there
 }
 INSIDE = "/input/file"  # where bubblewrap shows the file

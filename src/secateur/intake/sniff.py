@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -52,10 +53,17 @@ SUFFIXES: Mapping[str, frozenset[str]] = {
 PICKLE_STARTS = b"(c}])lgIVSNFiGKJM"  # how protocols 0 and 1, which have no magic number, may begin
 
 
+def is_tar(head: bytes) -> bool:
+    """Return whether these 512 bytes are the header of a tar archive, of whatever age: its checksum decides."""
+    try:
+        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
 def known_elsewhere(head: bytes) -> str | None:
     """Return what a file that is no checkpoint is, in words, by its first bytes."""
-    if head[257:262] == b"ustar":
-        return "a tar archive: unpack it first, or save the checkpoint with torch 1.6 or later"
     return next((word for magic, word in MAGIC if head.startswith(magic)), None)
 
 

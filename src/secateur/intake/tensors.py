@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelError
+from .view import release
 
 MAX_DIMENSIONS = 25
 MAX_SIDE = 2**48
+LARGE = 2**24
 BLOCK = 2**20  # elements looked at in one go
 
 DTYPES: dict[str, int] = {  # bytes of a value
@@ -78,6 +80,8 @@ class Stored:
             raise ModelError(f"a tensor must have as many strides as sizes, at most {MAX_DIMENSIONS}")
         if not all(type(n) is int and 0 <= n < MAX_SIDE for n in numbers):
             raise ModelError("a tensor's sizes, strides and offset must be whole numbers from 0 up")
+        if math.prod(max(side, 1) for side in self.shape) * max([1, *self.stride]) >= 2**62:
+            raise ModelError("a tensor's sizes and strides must be those of a real one")
         if self.dtype not in DTYPES:
             raise ModelError(f"a tensor's type must be a known one, got {str(self.dtype)[:40]!a}")
         if self.size > self.storage.size or self.span[1] > self.storage.size:
@@ -112,6 +116,11 @@ class Stored:
         """Return the bytes of `span`."""
         assert self.storage.data is not None
         return self.storage.data[slice(*self.span)]
+
+    def release(self) -> None:
+        """Let the system take back the pages of a large tensor of a mapped file."""
+        if self.size > LARGE and self.storage.data is not None:
+            release(self.storage.data)
 
     def count_nonfinite(self) -> int | None:
         """Return how many values are NaN or infinite; None for types that are not looked into."""

@@ -12,12 +12,13 @@ from typing import Any
 
 from ..errors import ModelError
 from .archive import Archive
-from .pickles import Call, Name, Names, Pickle, Record, read_pickle
+from .pickles import Budget, Call, Name, Names, Pickle, Record, read_pickle
 from .tensors import DTYPES, Storage, Stored
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 MAX_NESTED = 3
+PAIR = 100  # bytes that a pair in a dictionary takes, about
 STORAGES = {
     **{"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64", "Int": "int32"},
     **{"Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "ComplexFloat": "complex64"},
@@ -33,11 +34,13 @@ class TorchFile:
         value: Plain values with `Stored` tensors, or `Record` where something else stood; None when it was damaged.
         names: Every global that is named anywhere in it.
         problem: Why it could not be read to the end, if so. The globals seen until then count all the same.
+        budget: What is left for its pickles.
     """
 
     value: Any = None
     names: Names = field(default_factory=dict)
     problem: str | None = None
+    budget: Budget = field(default_factory=Budget)
 
 
 def read_zipped(archive: Archive) -> TorchFile:
@@ -62,8 +65,8 @@ def read_zipped(archive: Archive) -> TorchFile:
     return _attempt(read)
 
 
-def read_pickled(data: memoryview, nested: int = 0) -> TorchFile:
-    """Read a legacy torch file, or one bare pickle."""
+def read_pickled(data: memoryview, nested: int = 0, budget: Budget | None = None) -> TorchFile:
+    """Read a legacy torch file, or one bare pickle; inside another one it shares that one's ``budget``."""
 
     def read(file: TorchFile) -> Any:
         waiting: dict[str, Storage] = {}
@@ -91,11 +94,11 @@ def read_pickled(data: memoryview, nested: int = 0) -> TorchFile:
         _fill(data, found.end, values[3], waiting)
         return values[2]
 
-    return _attempt(read)
+    return _attempt(read, budget)
 
 
-def _attempt(read: Callable[[TorchFile], Any]) -> TorchFile:
-    file = TorchFile()
+def _attempt(read: Callable[[TorchFile], Any], budget: Budget | None = None) -> TorchFile:
+    file = TorchFile(budget=budget or Budget())
     try:
         file.value = read(file)
     except ModelError as error:
@@ -107,14 +110,23 @@ def _read(content: memoryview, start: int, file: TorchFile, persistent: Callable
     def load_from_bytes(arguments: tuple[Any, ...]) -> Any:
         if nested >= MAX_NESTED or len(arguments) != 1 or not isinstance(arguments[0], bytes):
             raise ModelError("a storage that is pickled by itself must be given as bytes")
-        inner = read_pickled(memoryview(arguments[0]), nested + 1)
+        inner = read_pickled(memoryview(arguments[0]), nested + 1, file.budget)
         file.names.update(inner.names)
         if inner.problem:
             raise ModelError(inner.problem)
         return inner.value
 
-    calls = {**CALLS, Name("torch.storage", "_load_from_bytes"): load_from_bytes}
-    return read_pickle(content, start, calls=calls, persistent=persistent, names=file.names)
+    def ordered(arguments: tuple[Any, ...]) -> Any:
+        pairs = arguments[0] if arguments else None
+        file.budget.make(PAIR * len(pairs) if isinstance(pairs, list) else 0)
+        return _ordered(arguments)
+
+    def encode(arguments: tuple[Any, ...]) -> Any:
+        file.budget.make(len(arguments[0]) if arguments and isinstance(arguments[0], str) else 0)
+        return _encode(arguments)
+
+    calls = {**CALLS, LOAD: load_from_bytes, ORDERED: ordered, ENCODE: encode}
+    return read_pickle(content, start, calls=calls, persistent=persistent, names=file.names, budget=file.budget)
 
 
 def _storage(pid: Any) -> Storage:
@@ -125,7 +137,8 @@ def _storage(pid: Any) -> Storage:
     name = kind.name if isinstance(kind, Name) and kind.module in ("torch", "torch.storage", "torch.cuda") else ""
     dtype = STORAGES.get(name.removesuffix("Storage"))
     if not isinstance(key, str | int) or numel < 0 or (dtype is None and name != "UntypedStorage"):
-        raise ModelError(f"a tensor's storage must be of a known type, got {str(kind)[:60]!a}")
+        shown = str(kind)[:60] if isinstance(kind, Name) else "something else"
+        raise ModelError(f"a tensor's storage must be of a known type, got {shown!a}")
     return Storage(numel * (DTYPES[dtype] if dtype else 1), dtype)
 
 
@@ -164,9 +177,10 @@ def _rebuild_v3(arguments: tuple[Any, ...]) -> Any:
 
 def _rebuild_type(arguments: tuple[Any, ...]) -> Any:
     function, _, inner = _first(arguments, 3)
-    if not isinstance(function, Name) or function not in CALLS or not isinstance(inner, tuple):
-        return Record(Name("torch._tensor", "_rebuild_from_type_v2"), arguments)
-    return CALLS[function](inner)
+    if not isinstance(function, Name) or function.module != "torch._utils" or not isinstance(inner, tuple):
+        raise ModelError("a tensor of a class of its own must be rebuilt by a function of torch")
+    known = CALLS.get(function)
+    return Record(function, inner) if known is None else known(inner)
 
 
 def _given(arguments: tuple[Any, ...]) -> Any:
@@ -207,9 +221,8 @@ def _first(arguments: tuple[Any, ...], count: int) -> tuple[Any, ...]:
     return arguments[:count]
 
 
+LOAD, ORDERED, ENCODE = Name("torch.storage", "_load_from_bytes"), Name("collections", "OrderedDict"), Name("_codecs", "encode")
 CALLS: dict[Name, Call] = {
-    Name("collections", "OrderedDict"): _ordered,
-    Name("_codecs", "encode"): _encode,
     Name("__builtin__", "bytes"): _bytes,
     Name("builtins", "bytes"): _bytes,
     Name("torch", "Size"): _size,
