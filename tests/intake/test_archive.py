@@ -122,6 +122,23 @@ def test_archives_that_readers_could_disagree_about(content, message):
         open_archive(memoryview(content))
 
 
+def wide(content: bytearray, **change: int) -> bytearray:
+    """Put the end of a large archive before that of a small one."""
+    _, _, _, here, entries, size, start, _ = archive.END.unpack(content[-archive.END.size :])
+    fields = {"place": len(content) - archive.END.size, "entries": entries, "size": size, "start": start} | change
+    end = archive.END64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, here, fields["entries"], fields["size"], fields["start"])
+    locator = archive.LOCATOR.pack(b"PK\x06\x07", 0, fields["place"], 1)
+    return content[: -archive.END.size] + end + locator + content[-archive.END.size :]
+
+
+def test_ends_of_large_archives():
+    found = open_archive(memoryview(wide(zipped(*PLAIN))))
+    assert set(found.entries) == {name[2:] for name, _ in PLAIN}
+    for change in ({"place": 0}, {"place": 40}, {"entries": 2}, {"size": 10}, {"start": 10}):
+        with pytest.raises(ModelError):
+            open_archive(memoryview(wide(zipped(*PLAIN), **change)))
+
+
 def test_a_comment_is_refused():
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
