@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from .data import load_data as load_data
     from .data import load_trigger as load_trigger
     from .intake import load as load
+    from .intake.inspect import inspect as inspect
     from .measure import evaluate as evaluate
+    from .models import Classifier as Classifier
     from .models import save as save
     from .train import Recipe as Recipe
     from .types import ImageSet as ImageSet
     from .types import Task as Task
 
 _HOMES = {
+    "Classifier": "models",
+    "inspect": "intake.inspect",
     "load": "intake",
     "save": "models",
     "load_data": "data",
@@ -31,11 +35,13 @@ _HOMES = {
     "Task": "types",
 }
 __all__ = [
+    "Classifier",
     "ImageSet",
     "Recipe",
     "Task",
     "__version__",
     "evaluate",
+    "inspect",
     "load",
     "load_data",
     "load_trigger",
