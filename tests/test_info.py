@@ -246,3 +246,72 @@ def test_programs_are_converted_on_request(folder, net, flag, capsys):
     assert loader.startswith("sandbox (" if flag == "--sandbox" else "trusted code")
     x = torch.rand(1, 3, 32, 32)
     assert torch.equal(load_bundle(folder / "out")(x), net(x))
+
+
+@pytest.fixture
+def hub(folder, net):
+    """A folder as Hugging Face keeps it, its weights in two files."""
+    home = folder / "hub"
+    home.mkdir()
+    names = list(net.state_dict())
+    parts = {"model-1.safetensors": names[:50], "model-2.safetensors": names[50:]}
+    for file, mine in parts.items():
+        safetensors.torch.save_file({name: net.state_dict()[name] for name in mine}, home / file)
+    index = {"weight_map": {name: file for file, mine in parts.items() for name in mine}}
+    (home / "model.safetensors.index.json").write_text(json.dumps(index))
+    (home / "config.json").write_text(json.dumps({"id2label": {str(i): f"class {i}" for i in range(10)}}))
+    return home
+
+
+def test_folders_of_the_hub(hub, net, capsys):
+    code, found = record(capsys, "hub")
+    assert (code, found["format"], found["architecture"]["name"]) == (0, "huggingface", "resnet20")
+    assert found["facts"]["files"] == ["model-1.safetensors", "model-2.safetensors"]
+    assert run(["convert", "hub", "-o", "out"]) == 0
+    model = load_bundle("out")
+    assert model.classes[3] == "class 3"
+    x = torch.rand(1, 3, 32, 32)
+    assert torch.equal(model(x), net(x))
+
+
+def test_the_digest_of_a_folder_is_that_of_all_its_files(hub, capsys):
+    before = record(capsys, "hub", "--quick")[1]["sha256"]
+    part = {name: value + 1 for name, value in safetensors.torch.load_file(hub / "model-2.safetensors").items()}
+    safetensors.torch.save_file(part, hub / "model-2.safetensors")
+    assert record(capsys, "hub", "--quick")[1]["sha256"] != before
+
+
+def test_a_tensor_in_two_files_of_a_folder_is_refused(hub, capsys):
+    part = safetensors.torch.load_file(hub / "model-2.safetensors") | safetensors.torch.load_file(hub / "model-1.safetensors")
+    safetensors.torch.save_file(part, hub / "model-2.safetensors")
+    assert run(["info", "hub", "--quick"]) == 2
+    assert "must hold each tensor in one of its files" in capsys.readouterr().err
+
+
+def test_a_program_in_a_folder_is_named(hub, net, capsys):
+    for file in hub.iterdir():
+        file.unlink()
+    script(net)
+    (hub.parent / "script.pt").rename(hub / "pytorch_model.bin")
+    assert run(["convert", "hub", "-o", "out"]) == 4
+    assert "pytorch_model.bin is a TorchScript program" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("vision")
+def test_a_folder_that_names_another_network_is_told(hub, capsys):
+    (hub / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_classes": 10}))
+    code, found = record(capsys, "hub")
+    assert code == 0
+    assert found["architecture"] is None
+    assert "not those of timm:resnet18" in found["unmatched"]
+
+
+def test_a_bundle_of_the_zoo_takes_no_code(folder, capsys):
+    run(["convert", "good.pt", "-o", "bundle"])
+    assert run(["convert", "bundle", "--arch", "own.py:make", "-o", "x"]) == 2
+    assert "a bundle says its own arch" in capsys.readouterr().err
+
+
+def test_sizes_of_images_are_bounded(folder, capsys):
+    assert run(["convert", "good.pt", "--input-size", "100000", "-o", "x"]) == 2
+    assert "input_size must lie in [1, 4096]" in capsys.readouterr().err
