@@ -24,14 +24,18 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+STORAGES = _names(
+    "DoubleStorage FloatStorage HalfStorage BFloat16Storage LongStorage IntStorage ShortStorage CharStorage ByteStorage "
+    "BoolStorage ComplexFloatStorage ComplexDoubleStorage QInt8Storage QUInt8Storage QInt32Storage"
+)
 # What tensors are made of: not worth a word.
 EXPECTED: Mapping[str, frozenset[str]] = {
     "collections": _names("OrderedDict"),
-    "torch": _names(
+    "torch.cuda": STORAGES,
+    "torch": STORAGES
+    | _names(
         "Size Tensor device float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex32 "
-        "complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz qint8 quint8 qint32 strided "
-        "DoubleStorage FloatStorage HalfStorage BFloat16Storage LongStorage IntStorage ShortStorage CharStorage ByteStorage "
-        "BoolStorage ComplexFloatStorage ComplexDoubleStorage QInt8Storage QUInt8Storage QInt32Storage"
+        "complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz qint8 quint8 qint32 strided"
     ),
     "torch.storage": _names("UntypedStorage TypedStorage _load_from_bytes"),
     "torch.nn.parameter": _names("Parameter Buffer UninitializedParameter UninitializedBuffer"),

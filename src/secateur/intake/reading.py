@@ -261,8 +261,8 @@ def _zip(path: Path, data: memoryview) -> Reading:
 
 
 def _pickle(path: Path, data: memoryview) -> Reading:
-    legacy = bytes(data[2:13]) == b"\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50"
-    return _torch(Reading(path, "torch-legacy" if legacy else "pickle", {path.name: data}), read_pickled(data))
+    file = read_pickled(data)
+    return _torch(Reading(path, "torch-legacy" if file.legacy else "pickle", {path.name: data}), file)
 
 
 def _torch(reading: Reading, file: TorchFile) -> Reading:

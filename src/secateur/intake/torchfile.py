@@ -34,12 +34,14 @@ class TorchFile:
         value: Plain values with `Stored` tensors, or `Record` where something else stood; None when it was damaged.
         names: Every global that is named anywhere in it.
         problem: Why it could not be read to the end, if so. The globals seen until then count all the same.
+        legacy: Whether it is of the format before torch 1.6.
         budget: What is left for its pickles.
     """
 
     value: Any = None
     names: Names = field(default_factory=dict)
     problem: str | None = None
+    legacy: bool = False
     budget: Budget = field(default_factory=Budget)
 
 
@@ -85,6 +87,7 @@ def read_pickled(data: memoryview, nested: int = 0, budget: Budget | None = None
             if found.end != len(data):
                 raise ModelError("something follows the pickle: other readers may see another file")
             return found.value
+        file.legacy = True
         values = []
         for _ in range(4):
             found = _read(data, found.end, file, persistent, nested)
