@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from secateur.errors import ModelError
 from secateur.intake.checkpoint import to_torch
 from secateur.intake.reading import admit, read
 from secateur.intake.tensors import DTYPES, MAX_DIMENSIONS, Storage, Stored, contiguous
+from secateur.intake.torchfile import read_pickled
 
 DTYPE_NAMES = sorted(name for name in DTYPES if name != "complex32")
 
@@ -262,3 +264,44 @@ def test_files_written_without_checksums_are_read(tmp_path):
         torch.serialization.set_crc32_options(True)
     assert not read(path).findings
     assert loaded(path)["w"].shape == (3,)
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+def raw(content: bytes) -> bytes:
+    return b"B" + len(content).to_bytes(4, "little") + content
+
+
+LOAD = b"ctorch.storage\n_load_from_bytes\n"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+AGAIN = b"h\x01h\x00R"  # the same call once more
+PAIR = b"X\x01\x00\x00\x00aN\x86"
+NESTED = pickle.dumps(list(range(1000)), 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (text("x" * 10**6) + text("latin1") + b"\x86q\x00c_codecs\nencode\nq\x01(" + AGAIN * 200 + b"l.", "out of little"),
+        (b"](" + PAIR * 5000 + b"e\x85q\x00ccollections\nOrderedDict\nq\x01(" + AGAIN * 500 + b"l.", "out of little"),
+        (raw(NESTED) + b"\x85q\x00" + LOAD + b"q\x010(" + AGAIN * 1100 + b"l.", "opcodes, got more"),
+        (b"c_codecs\nencode\n" + text("\u20ac") + text("latin1") + b"\x86R.", "Latin-1"),
+        (LOAD + b"K\x01\x85R.", "must be given as bytes"),
+        (LOAD + raw(b"\x80\x02cos\nsystem\n(") + b"\x85R.", "the pickle is damaged"),
+        (REBUILD + b"K\x01\x85R.", "must be made of at least 4 values, got 1"),
+        (REBUILD + b"(NNNNtR.", "must be made of a storage"),
+        (b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\nN)NtR.", "rebuilt by a function of torch"),
+        (b"ccollections\nOrderedDict\n](K\x01e\x85R.", "made of pairs"),
+        (b"K\x01Q.", "must describe a tensor's storage"),
+        (b"(" + text("storage") + b"cos\nsystem\n" + text("0") + text("cpu") + b"K\x01tQ.", "known type, got 'os.system'"),
+        (b"(" + text("storage") + b"]" + text("0") + text("cpu") + b"K\x01tQ.", "known type, got 'something else'"),
+    ],
+)  # fmt: skip
+def test_pickles_that_ask_too_much(content, message):
+    assert re.search(message, str(read_pickled(memoryview(b"\x80\x02" + content)).problem))
+
+
+def test_bytes_of_old_protocols():
+    assert read_pickled(memoryview(pickle.dumps([b"", b"\xff\x00"], 2))).value == [b"", b"\xff\x00"]
