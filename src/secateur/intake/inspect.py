@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,13 +58,7 @@ class Inspection:
     @property
     def parameters(self) -> int:
         """Number of values in all tensors."""
-        total = 0
-        for tensor in self.tensors:
-            count = 1
-            for side in tensor.shape:
-                count *= side
-            total += count
-        return total
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
 
 
 def inspect(path: str | Path, *, match: bool = True) -> Inspection:
