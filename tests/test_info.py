@@ -217,6 +217,7 @@ def test_wrong_checksums(folder, net, capsys):
     out = capsys.readouterr().out
     assert "bent.pt: unusable" in out
     assert "high      LOD-007  the checksum of 'data/" in out
+    assert run(["info", "bent.pt", "--quick", "--fail-on", "critical"]) == 1
     assert run(["convert", "bent.pt", "-o", "x"]) == 2
     assert run(["convert", "bent.pt", "-o", "x", "--force"]) == 0
     hostile = bytearray((folder / "hostile.pt").read_bytes())

@@ -61,8 +61,9 @@ def info(
     if found.verdict == "refused":
         complain(str(found.why))
         return 4
-    told = {finding.rule for finding in found.findings}
-    if found.verdict == "unusable" and found.format != "onnx" and "LOD-007" not in told:
+    if found.verdict == "unusable" and found.format != "onnx":
+        if any(finding.rule == "LOD-007" for finding in found.findings):
+            return 1
         complain(str(found.why))
         return 2
     return 1 if any(at_least(finding.severity, fail_on) for finding in found.findings) else 0
