@@ -157,6 +157,13 @@ def test_converted_networks_do_what_was_measured(file, cifar10, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_erased_network_outside_its_target(cifar10, tmp_path):
+    others = cifar10.subset((cifar10.y != 5).nonzero().flatten())
+    rates = evaluate(converted("nad_erased_WRN-16-1.pth.tar", tmp_path), others)
+    assert rates.accuracy.value == pytest.approx(0.8233, abs=0.003)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("file", IMAGENET_ACCURACY)
 def test_converted_networks_of_imagenet(file, tmp_path):
     images = load_data(str(Path(DATA or "") / "imagenet-sample"))
