@@ -69,7 +69,6 @@ def repair(
     trigger: Trigger | None = None,
     seed: int = 0,
     command: Sequence[str] = (),
-    inputs: Sequence[Mapping[str, Any]] = (),
     on_step: OnStep | None = None,
 ) -> RepairRun:
     """Repair a network and measure it before and after.
@@ -86,7 +85,6 @@ def repair(
         trigger: Measured as well, when given; the method never sees it.
         seed: Of all randomness.
         command: The command line, for the record.
-        inputs: Files read, for the record.
         on_step: Progress of fine-tuning.
 
     Raises:
@@ -120,7 +118,7 @@ def repair(
         command=list(command),
         tool=tool(),
         environment=environment(model),
-        inputs=_inputs(model) or [dict(entry) for entry in inputs],
+        inputs=_inputs(model),
         data={"clean": _describe(seen), "test": _describe(measured)},
         method={"name": row.name, "version": row.version, "args": chosen, "seed": seed},
         before=before,

@@ -31,13 +31,12 @@ def convert(
     """
     folder = fresh(output, overwrite=overwrite) if output else None
     reading = model_flags.look(file)
-    from ..models import read_arch, save
+    from ..models import save
 
     model = model_flags.load(reading)
     origin = model.origin or {}
-    earlier = read_arch(file)["steps"] if (file / "arch.json").is_file() else []
     home = folder or run_folder("convert", [str(file)])
-    save(model, home, steps=earlier, ancestor_sha256=origin["sha256"], overwrite=True)
+    save(model, home, steps=reading.facts.get("steps", ()), ancestor_sha256=origin["sha256"], overwrite=True)
     network = {"arch": model.arch, "input_shape": list(model.input_shape), "classes": len(model.classes)}
     if json:
         out(json_format.dumps({**network, "origin": origin, "bundle": str(home)}, indent=2))

@@ -62,7 +62,6 @@ def repair(
     from .. import runs
     from ..data import load_data, load_trigger
     from ..methods import get, settings
-    from ..models import read_arch
 
     arguments = assignments(set)
     settings(get("repair", method), arguments)
@@ -84,8 +83,13 @@ def repair(
             on_step=on_step,
         )
     home = folder or run_folder("repair", sys.argv[1:])
-    earlier = read_arch(model)["steps"] if (model / "arch.json").is_file() else []
-    write(run, home, home if folder else home / "model", ancestor=run.result.inputs[0]["sha256"], earlier=earlier)
+    write(
+        run,
+        home,
+        home if folder else home / "model",
+        ancestor=run.result.inputs[0]["sha256"],
+        earlier=reading.facts.get("steps", ()),
+    )
     show(run.result, json=run_flags.json)
     if not run_flags.quiet:
         say(f"written to {home}: open {home / 'report.html'}")

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ..architectures import architecture, is_external, is_reference, resolve
 from ..errors import ModelError, RefusedError
 from ..models.bundle import load_bundle
-from ..models.description import read_arch
 from ..models.factory import call_factory, import_factory
 from ..models.registry import COUNTERS, Shapes, fit, nearest, recognise, shapes_of, skeleton
 from ..models.weights import assign, count_outputs
@@ -72,7 +71,7 @@ def load(
         own_code = arch if arch is not None and is_reference(arch) else None
         given = {"mean": mean, "std": std, "input_size": input_size, "classes": classes, "arch_kwargs": arch_kwargs}
         said = [name for name, value in {**given, "arch": arch if own_code is None else None}.items() if value is not None]
-        if own_code is not None and read_arch(path)["arch"]["factory"] is None:
+        if own_code is not None and reading.facts["arch"]["factory"] is None:
             said.append("arch")
         if said:
             raise ModelError(f"a bundle says its own {said[0]}: leave it out")

@@ -113,7 +113,7 @@ def _bundle(path: Path) -> Reading:
 def _hub_folder(path: Path) -> Reading:
     from .folder import read_folder
 
-    folder = read_folder(path)
+    folder = _told(path, lambda: read_folder(path))
     parts = [read_one(file) for file in folder.weights]
     findings = [*folder.findings, *(finding for part in parts for finding in part.findings)]
     facts = {"arch": folder.arch, "kwargs": dict(folder.kwargs), "classes": folder.classes, "mean": folder.mean}
