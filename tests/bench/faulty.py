@@ -21,7 +21,7 @@ from secateur.state import batch_size
 
 SMOKE = Path(__file__).parents[2] / "plans" / "smoke.toml"
 STAGES = {"work": "faulty:work"}
-PATIENCE = 60.0  # seconds until a test gives up waiting
+PATIENCE = 300.0  # seconds until a test gives up waiting: a busy machine may take minutes to start Ray's workers
 
 
 def work(work: Work) -> dict[str, Any]:
@@ -41,6 +41,8 @@ def work(work: Work) -> dict[str, Any]:
             raise ValueError("only the first time")
         case "hang":
             time.sleep(60)
+        case "wait":
+            until(Path(args["gate"]).exists)
         case "die" | "die once" if args["do"] == "die" or first:
             os.kill(os.getpid(), signal.SIGKILL)
         case "memory" if batch_size(512) == 512:
@@ -112,11 +114,21 @@ def until(happened: Callable[[], object]) -> None:
 
 
 def gone(pid: int) -> bool:
+    found = _stat(pid)
+    return not found or found[0] in "ZX"
+
+
+def parent(pid: int) -> int | None:
+    """Return the process that started a running one."""
+    found = _stat(pid)
+    return int(found[1]) if found else None
+
+
+def _stat(pid: int) -> list[str]:
     try:
-        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return True
-    return state in "ZX"
+        return []
 
 
 if __name__ == "__main__":  # python faulty.py STORE LOG COUNT SLEEP: a driver that tests can kill

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import chain, drive, ran, until
+from faulty import chain, drive, gone, parent, pids, ran, until
 
 from secateur.bench.executors import make
 from secateur.bench.store import Store, read_result
@@ -24,14 +24,20 @@ def test_a_node_that_is_lost_costs_one_attempt(tmp_path):
     pytest.importorskip("ray", reason="the ray extra is not installed")
     from ray_cluster import two_nodes
 
-    log, store = tmp_path / "ran.log", Store(tmp_path / "store")
-    pairs = chain(log, 2, sleep=3.0)
+    log, gate, store = tmp_path / "ran.log", tmp_path / "gate", Store(tmp_path / "store")
+    pairs = chain(log, 2, do="wait", gate=str(gate))
     with two_nodes() as cluster:
         leaver = next(iter(cluster.worker_nodes))
+        raylet = leaver.all_processes["raylet"][0].process.pid
 
         def leave() -> None:
-            until(lambda: len(ran(log)) >= 2)
-            cluster.remove_node(leaver, allow_graceful=False)
+            try:
+                until(lambda: raylet in map(parent, pids(log)))
+                there = [pid for pid in pids(log) if parent(pid) == raylet]
+                cluster.remove_node(leaver, allow_graceful=False)
+                until(lambda: all(map(gone, there)))  # a worker outlives its node for a moment
+            finally:
+                gate.touch()
 
         thread = threading.Thread(target=leave)
         thread.start()
