@@ -1,15 +1,20 @@
 """Every row of every table keeps principle 1: pure, reproducible, leaves the model and the random state as they were."""
 
 import copy
+from functools import cache
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 from secateur import methods
+from secateur.data import load_trigger, save_trigger
 from secateur.measure import evaluate
+from secateur.poison import train_victim
+from secateur.recipe import Recipe
 from secateur.state import generator
-from secateur.types import ChannelMask, ImageSet, Poisoning, Repaired, Scores, Trigger, WeightMask
+from secateur.types import ChannelMask, ImageSet, Poisoning, Repaired, Scores, Trigger, WeightMask, to_float
 
 ROWS = methods.table()
 IDS = [f"{row.kind}-{row.name}" for row in ROWS]
@@ -64,7 +69,7 @@ def tensors(value):
     if isinstance(value, Scores):
         return dict(value.values)
     assert isinstance(value, Poisoning)
-    return {"x": value.data.x, "y": value.data.y, "poisoned": value.poisoned, **value.trigger.tensors}
+    return {"x": value.data.x, "y": value.data.y, "poisoned": value.poisoned, **(value.trigger.tensors if value.trigger else {})}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
@@ -126,17 +131,79 @@ def test_scores_have_the_shapes_of_what_they_score(row, granularity, trained, im
         assert values.shape == wanted
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.kind == "backdoor"], ids=lambda row: row.name)
-def test_a_backdoor_returns_its_trigger_and_its_data(row, images):
+BACKDOORS = [row for row in ROWS if row.kind == "backdoor"]
+
+
+def train(row, network, images, checkpoint=None):
+    """Train a victim for an epoch with a row's test settings."""
+    random = generator(3)
+    poisoning = row.load()(images, **row.quick, generator=random)
+    return train_victim(poisoning, network, Recipe(epochs=1, lr=0.05), generator=random, checkpoint=checkpoint)
+
+
+@pytest.fixture(scope="module")
+def victims(trained, images):
+    """Each backdoor's victim and trigger, made when first asked for."""
+    return cache(lambda name: train(methods.get("backdoor", name), trained, images))
+
+
+@pytest.mark.parametrize("row", BACKDOORS, ids=lambda row: row.name)
+def test_a_backdoor_says_what_the_attacker_needs(row):
+    assert row.access in get_args(methods.Access)
+    assert row.visibility in get_args(methods.Visibility)
+
+
+@pytest.mark.parametrize("row", BACKDOORS, ids=lambda row: row.name)
+def test_a_backdoor_poisons_the_share_asked_for(row, images):
     poisoning = run(row, None, images)
-    assert isinstance(poisoning.trigger, Trigger)
     assert isinstance(poisoning.data, ImageSet)
-    assert int(poisoning.poisoned.sum()) == round(row.quick["rate"] * len(images))
-    assert bool((poisoning.data.x != images.x).flatten(1).any(dim=1)[poisoning.poisoned].any())
+    changed = (poisoning.data.x != images.x).flatten(1).any(dim=1)
+    assert not changed[~poisoning.poisoned].any()
+    relabelled = poisoning.data.y != images.y
+    assert not relabelled[~poisoning.poisoned].any()
+    if row.access == "training":
+        assert poisoning.trainer is not None
+    elif row.access == "images":
+        assert not relabelled.any()
+        assert int(poisoning.poisoned.sum()) == round(row.quick["rate"] * int((images.y == poisoning.trigger.target).sum()))
+    else:
+        assert int(relabelled.sum()) == round(row.quick["rate"] * len(images))
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.kind == "backdoor"], ids=lambda row: row.name)
-def test_a_benign_network_does_not_follow_a_trigger_it_never_saw(row, trained, images):
+@pytest.mark.parametrize("row", BACKDOORS, ids=lambda row: row.name)
+def test_a_victim_is_a_new_network_with_a_trigger_that_can_be_saved(row, victims, trained, images, tmp_path):
+    victim, trigger = victims(row.name)
+    assert isinstance(trigger, Trigger)
+    assert not any(module.training for module in victim.modules())
+    assert not {p.data_ptr() for p in victim.parameters()} & {p.data_ptr() for p in trained.parameters()}
+    assert [p.requires_grad for p in victim.parameters()] == [p.requires_grad for p in trained.parameters()]
+    assert not any(p.grad is not None for p in victim.parameters())
+    save_trigger(trigger, tmp_path)
+    x = to_float(images.x[:9])
+    again = load_trigger(tmp_path)
+    with torch.inference_mode():
+        shown = trigger.apply(x)
+        assert torch.equal(again.apply(x), shown)
+    assert torch.equal(again.labels(images.y), trigger.labels(images.y))
+    assert shown.shape == x.shape
+    assert 0 <= float(shown.min()) <= float(shown.max()) <= 1
+    assert not torch.equal(shown, x)
+
+
+@pytest.mark.parametrize("row", [r for r in BACKDOORS if r.access == "training"], ids=lambda row: row.name)
+def test_an_attacker_who_trains_repeats_itself_and_resumes(row, victims, trained, images, tmp_path):
+    """A run from a finished checkpoint gives what the run without one gave; neither touches the network or the random state."""
+    before, rng = snapshot(trained), torch.get_rng_state()
+    first, second = (train(row, trained, images, tmp_path / "c") for _ in range(2))
+    for model, trigger in (first, second):
+        assert same(dict(model.state_dict()), dict(victims(row.name)[0].state_dict()))
+        assert same(dict(trigger.tensors), dict(victims(row.name)[1].tensors))
+    assert same(before, snapshot(trained))
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("row", BACKDOORS, ids=lambda row: row.name)
+def test_a_benign_network_does_not_follow_a_trigger_it_never_saw(row, victims, trained, images):
     """Negative control: the rate on a benign net is far from what a backdoor gives."""
-    rate = evaluate(trained, images, trigger=run(row, None, images).trigger).attack_success
+    rate = evaluate(trained, images, trigger=victims(row.name)[1]).attack_success
     assert rate.value < 0.7

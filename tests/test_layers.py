@@ -11,7 +11,20 @@ import secateur
 
 ROOT = Path(secateur.__file__).parent
 ORDER = [
-    *("errors", "types", "signatures", "recipe", "architectures", "state", "data", "models", "intake", "forward", "attack"),
+    *(
+        "errors",
+        "signatures",
+        "recipe",
+        "effects",
+        "types",
+        "architectures",
+        "state",
+        "data",
+        "models",
+        "intake",
+        "forward",
+        "attack",
+    ),
     *("measure", "train", "prune", "compress", "detect", "repair", "poison", "methods", "runs", "bench", "report", "cli"),
 ]
 BESIDE = {("bench", "report"), ("report", "bench")}

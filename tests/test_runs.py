@@ -120,10 +120,11 @@ def test_a_repaired_network_survives_saving_and_a_second_repair(victim, tmp_path
 
 def test_training_a_victim_records_itself(images, bars, schema):
     recipe = Recipe(epochs=2, lr=0.1, batch_size=40)
-    model, result = runs.train(images, arch="convnet", kwargs={"width": 4}, recipe=recipe, test=bars(60, 9), seed=1)
+    run = runs.train(images, arch="convnet", kwargs={"width": 4}, recipe=recipe, test=bars(60, 9), seed=1)
+    model, result = run.model, run.result
     schema.validate(json.loads(to_json(result)))
     assert result.after["accuracy"]["value"] == evaluate(model, bars(60, 9)).accuracy.value
     assert model.arch["kwargs"]["classes"] == 3
     assert abs(float(model.mean[0]) - float(images.x.float().mean() / 255)) < 1e-6
-    again, _ = runs.train(images, arch="convnet", kwargs={"width": 4}, recipe=recipe, test=bars(60, 9), seed=1)
+    again = runs.train(images, arch="convnet", kwargs={"width": 4}, recipe=recipe, test=bars(60, 9), seed=1).model
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))

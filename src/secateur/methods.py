@@ -17,6 +17,8 @@ from typing import Any, Literal
 from .errors import MethodError, unknown
 from .signatures import Parameter, check_type, first_sentence, signature
 
+Access = Literal["images", "images and labels", "training"]
+Visibility = Literal["visible", "faint", "invisible"]
 Kind = Literal["backdoor", "evasion", "detector", "score", "repair", "compressor"]
 KINDS: tuple[Kind, ...] = ("backdoor", "evasion", "detector", "score", "repair", "compressor")
 ENTRY_POINTS = "secateur.methods"
@@ -35,6 +37,9 @@ class Method:
         paper: Where it comes from.
         quick: Settings with which the contract tests run it in a moment.
         needs: ``suspect`` when it wants possibly poisoned data; such a method is never part of ``auto``.
+        access: Of a backdoor: what the attacker must control.
+        visibility: Of a backdoor with its default settings, by mean SSIM on photographs: ``visible`` below 0.95, ``invisible``
+            from 0.99.
     """
 
     kind: Kind
@@ -44,6 +49,8 @@ class Method:
     paper: str
     quick: Mapping[str, Any] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
+    access: Access | None = None
+    visibility: Visibility | None = None
 
     def load(self) -> Callable[..., Any]:
         """Import and return the function."""
@@ -52,8 +59,30 @@ class Method:
 
 
 TABLE: tuple[Method, ...] = (
-    Method("backdoor", "badnets", "secateur.poison.badnets:badnets", 1, "arXiv:1708.06733", {"rate": 0.2}),
-    Method("backdoor", "blended", "secateur.poison.blended:blended", 1, "arXiv:1712.05526", {"rate": 0.2}),
+    Method(
+        "backdoor", "badnets", "secateur.poison.badnets:badnets", 2, "arXiv:1708.06733", {"rate": 0.2},
+        access="images and labels", visibility="faint",
+    ),
+    Method(
+        "backdoor", "blended", "secateur.poison.blended:blended", 2, "arXiv:1712.05526", {"rate": 0.2},
+        access="images and labels", visibility="visible",
+    ),
+    Method(
+        "backdoor", "sig", "secateur.poison.sig:sig", 1, "arXiv:1902.11237", {"rate": 0.6},
+        access="images", visibility="visible",
+    ),
+    Method(
+        "backdoor", "bpp", "secateur.poison.bpp:bpp", 1, "arXiv:2205.13383", {"rate": 0.2},
+        access="images and labels", visibility="faint",
+    ),
+    Method(
+        "backdoor", "adaptive-blend", "secateur.poison.adaptive:adaptive_blend", 1, "ICLR 2023, arXiv:2205.13613",
+        {"rate": 0.2, "cover_rate": 0.1}, access="images and labels", visibility="visible",
+    ),
+    Method(
+        "backdoor", "adaptive-patch", "secateur.poison.adaptive:adaptive_patch", 1, "ICLR 2023, arXiv:2205.13613",
+        {"rate": 0.2, "cover_rate": 0.1}, access="images and labels", visibility="visible",
+    ),
     Method("score", "l1", "secateur.prune.magnitude:l1", 1, "ICLR 2017, arXiv:1608.08710"),
     Method("score", "l2", "secateur.prune.magnitude:l2", 1, "ICLR 2017, arXiv:1608.08710"),
     Method("score", "random", "secateur.prune.magnitude:random", 1, "control"),

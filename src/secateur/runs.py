@@ -23,19 +23,22 @@ from . import __version__
 from .architectures import is_reference
 from .compress import Removal, remove_channels
 from .data import count_shared, holdout
-from .errors import DataError, InconclusiveError, ModelError
-from .measure import Evaluation, cost, evaluate, predict
+from .errors import DataError, InconclusiveError, MethodError, ModelError
+from .measure import Evaluation, Visibility, cost, evaluate, predict, visibility
 from .methods import get, settings
 from .models import Classifier, build, core
 from .models.factory import call_factory, import_factory
 from .models.weights import count_outputs
+from .poison import train_victim
+from .poison.common import unpoisoned
 from .prune.layers import prunable_layers
+from .recipe import Recipe
 from .state import generator, seeded
-from .train import OnStep, Recipe
-from .train import train as fit
-from .types import ChannelMask, HardMask, ImageSet, Rate, Repaired, Result, Trigger, to_float
+from .train import OnStep
+from .types import ChannelMask, HardMask, ImageSet, Poisoning, Rate, Repaired, Result, Trigger, to_float
 
 HOLDOUT = 0.2
+SEEN = 1000  # images on which a trigger's visibility is measured
 NO_TRIGGER = (
     "No trigger was given, so attack success was not measured: this run does not show whether a backdoor was there, or is gone."
 )
@@ -57,6 +60,21 @@ class RepairRun:
     mask: HardMask | None
     result: Result
     step: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainRun:
+    """A finished training.
+
+    Attributes:
+        model: The trained network.
+        trigger: What opens its backdoor, if it has one that is known.
+        result: The record.
+    """
+
+    model: Classifier
+    trigger: Trigger | None
+    result: Result
 
 
 def repair(
@@ -184,13 +202,15 @@ def train(
     std: Sequence[float] | None = None,
     test: ImageSet | None = None,
     trigger: Trigger | None = None,
+    backdoor: str | None = None,
+    backdoor_settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str = "cpu",
     checkpoint: Path | None = None,
     command: Sequence[str] = (),
     on_step: OnStep | None = None,
-) -> tuple[Classifier, Result]:
-    """Train a network of the zoo and measure it before and after.
+) -> TrainRun:
+    """Train a network, with a backdoor if one is named, and measure it before and after.
 
     Args:
         images: Training images.
@@ -200,23 +220,32 @@ def train(
         mean: Per channel; that of the images by default.
         std: Likewise.
         test: Images to measure on; the training images by default, which the record then says.
-        trigger: Measured as well, when given.
+        trigger: Measured as well, when given: that of images that are poisoned already.
+        backdoor: Name of a backdoor to put in (``secateur list backdoors``).
+        backdoor_settings: Its settings; the rest are defaults.
         seed: Of all randomness.
         device: Where to train.
         checkpoint: File to resume from after a kill.
         command: The command line, for the record.
         on_step: Progress.
+
+    Raises:
+        MethodError: Unknown backdoor or setting, or a trigger besides a backdoor.
+        ModelError: Training diverged, or the checkpoint belongs to another run.
     """
     random = generator(seed)
-    untrained = new_network(images, arch, kwargs=kwargs, mean=mean, std=std, generator=random)
+    poisoning, attack = _poisoned(images, trigger, backdoor, backdoor_settings or {}, random)
+    untrained = new_network(poisoning.data, arch, kwargs=kwargs, mean=mean, std=std, generator=random)
     untrained.to(device)
     measured = test if test is not None else images
-    before = measure(untrained, measured, trigger)
     start = time.perf_counter()
-    model = fit(untrained, images, recipe, generator=random, on_step=on_step, checkpoint=checkpoint)
+    model, shown = train_victim(poisoning, untrained, recipe, generator=random, on_step=on_step, checkpoint=checkpoint)
     seconds = time.perf_counter() - start
     assert isinstance(model, Classifier)
     limitations = ["One seed."]
+    details: dict[str, Any] = {}
+    if attack is not None and shown is not None:
+        details = {"backdoor": attack, "trigger": picture(shown, measured)}
     if test is None:
         limitations.append("No test images were given: accuracy is that on the training images, and optimistic.")
     result = Result(
@@ -228,12 +257,32 @@ def train(
         inputs=[],
         data={"train": _describe(images), "test": _describe(measured)},
         method={"name": arch, "version": 1, "args": {**asdict(recipe), **(kwargs or {})}, "seed": seed},
-        before=before,
-        after=measure(model, measured, trigger),
+        before=measure(untrained, measured, shown),
+        after=measure(model, measured, shown),
         cost={"seconds": seconds},
         limitations=limitations,
+        details=details,
     )
-    return model, result
+    return TrainRun(model, shown, result)
+
+
+def _poisoned(
+    images: ImageSet,
+    trigger: Trigger | None,
+    backdoor: str | None,
+    chosen: Mapping[str, Any],
+    random: torch.Generator,
+) -> tuple[Poisoning, dict[str, Any] | None]:
+    """Return the training set to begin with, and what the record says of the backdoor in it."""
+    if backdoor is None:
+        return Poisoning(trigger, images, unpoisoned(images)), None
+    if trigger is not None:
+        raise MethodError("give a trigger for images that are poisoned already, or name a backdoor to put in, not both")
+    row = get("backdoor", backdoor)
+    args = settings(row, chosen)
+    poisoning = row.load()(images, **args, generator=random)
+    number = int(poisoning.poisoned.sum())
+    return poisoning, {"name": row.name, "version": row.version, "args": args, "poisoned": number}
 
 
 def measure(model: Classifier, data: ImageSet, trigger: Trigger | None) -> dict[str, Any]:
@@ -285,7 +334,7 @@ def software() -> dict[str, str]:
 
 
 def picture(trigger: Trigger, data: ImageSet) -> dict[str, Any]:
-    """Return one eligible image without and with the trigger, as PNG ``data:`` URIs for the report."""
+    """Return one eligible image without and with the trigger, as PNG ``data:`` URIs, and what the trigger changes."""
     first = int(trigger.eligible(data.y).nonzero()[0])
     clean = to_float(data.x[first : first + 1])
     return {
@@ -294,7 +343,14 @@ def picture(trigger: Trigger, data: ImageSet) -> dict[str, Any]:
         "sources": list(trigger.sources) if trigger.sources is not None else None,
         "clean_png": _png(clean[0]),
         "triggered_png": _png(trigger.apply(clean)[0]),
+        "visibility": asdict(how_visible(trigger, data)),
     }
+
+
+def how_visible(trigger: Trigger, data: ImageSet) -> Visibility:
+    """Return what a trigger changes, on at most `SEEN` images of all that are eligible."""
+    eligible = trigger.eligible(data.y).nonzero().flatten()
+    return visibility(trigger, data.subset(eligible[:: max(1, len(eligible) // SEEN)][:SEEN]))
 
 
 def _png(image: Tensor) -> str:

@@ -28,6 +28,7 @@ from .state import batch_size, seeded
 from .types import ImageSet, to_float
 
 BatchHook = Callable[[Tensor, Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
+Penalty = Callable[[nn.Module, Tensor, Tensor], Tensor]
 OnStep = Callable[[int, int], None]
 OnEpoch = Callable[[int, float, nn.Module], None]
 
@@ -40,6 +41,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
     fingerprint: str
+    hook: Any = None  # a batch hook that has a state of its own
     epoch: int = 0
     loss: float = field(default=math.nan)
 
@@ -51,6 +53,7 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "hook": self.hook.state_dict() if self.hook else {},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -72,6 +75,8 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+        if self.hook:
+            self.hook.load_state_dict(state["hook"])
         self.epoch, self.loss = state["epoch"], state["loss"]
 
 
@@ -83,6 +88,7 @@ def train(
     generator: torch.Generator,
     hold: Mapping[str, Tensor] | None = None,
     batch_hook: BatchHook | None = None,
+    penalty: Penalty | None = None,
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
     checkpoint: Path | None = None,
@@ -96,7 +102,10 @@ def train(
         generator: Source of all randomness (order, augmentation, dropout).
         hold: Parameter name (relative to the core network) -> bool of its shape. False entries are 0 after every step, in the
             parameter and in the optimizer's averages, so that pruned weights stay pruned.
-        batch_hook: ``(x, y, step, generator) -> (x, y)``, applied to each augmented batch, ``x`` float in [0, 1].
+        batch_hook: ``(x, y, step, generator) -> (x, y)``, applied to each augmented batch, ``x`` float in [0, 1]; it may return
+            another number of images. What it returns may depend on parameters of its own: they get their gradients from
+            the same backward pass as the network. Its ``state_dict``, if it has one, goes into the checkpoint.
+        penalty: ``(network, x, y) -> scalar`` added to the loss of each batch, the network in train mode.
         on_step: Called with ``(step, steps)`` after each step.
         on_epoch: Called with ``(epoch, mean loss, model)`` after each epoch, the model in train mode.
         checkpoint: Where to write the state after each epoch; an existing file of the same run is resumed.
@@ -109,7 +118,7 @@ def train(
         raise DataError("training needs at least one image, got 0")
     student = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     student.requires_grad_(True)
-    run = _Run(student, _optimizer(student, recipe), generator, "")
+    run = _Run(student, _optimizer(student, recipe), generator, "", batch_hook if hasattr(batch_hook, "state_dict") else None)
     held = _held(student, hold)
     if checkpoint is not None:
         run.fingerprint = _fingerprint(model, data, recipe, hold or {}, generator)
@@ -120,7 +129,7 @@ def train(
     images = ImageSet(data.x.to(device), data.y.to(device), data.classes, data.name)
     while run.epoch < recipe.epochs:
         with seeded(generator):
-            _epoch(run, images, recipe, held, batch_hook, on_step)
+            _epoch(run, images, recipe, held, batch_hook, penalty, on_step)
         run.epoch += 1
         if checkpoint is not None:
             run.save(checkpoint)
@@ -138,6 +147,7 @@ def _epoch(
     recipe: Recipe,
     held: list[tuple[nn.Parameter, Tensor]],
     batch_hook: BatchHook | None,
+    penalty: Penalty | None,
     on_step: OnStep | None,
 ) -> None:
     run.model.train()
@@ -152,7 +162,7 @@ def _epoch(
         x = to_float(augment(x, recipe.augment, generator=run.generator))
         if batch_hook is not None:
             x, y = batch_hook(x, y, step, run.generator)
-        total += _step(run, recipe, x.contiguous(memory_format=torch.channels_last), y)
+        total += _step(run, recipe, x.contiguous(memory_format=torch.channels_last), y, penalty)
         _release(run, held)
         if on_step is not None:
             on_step(step + 1, steps * recipe.epochs)
@@ -163,11 +173,12 @@ def _epoch(
         )
 
 
-def _step(run: _Run, recipe: Recipe, x: Tensor, y: Tensor) -> Tensor:
+def _step(run: _Run, recipe: Recipe, x: Tensor, y: Tensor, penalty: Penalty | None) -> Tensor:
     run.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
         logits = run.model(x)
-    loss = F.cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
+        more = penalty(run.model, x, y) if penalty is not None else 0.0
+    loss = F.cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing) + more
     loss.backward()
     run.optimizer.step()
     return loss.detach()

@@ -7,14 +7,17 @@ Images are uint8 tensors ``(n, c, h, w)`` at rest and float tensors in [0, 1] wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .errors import DataError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Generator, Tensor, nn
+
+    from .recipe import Recipe
 
 Granularity = Literal["weight", "channel"]
 
@@ -93,36 +96,70 @@ def to_float(x: Tensor) -> Tensor:
     return x.float().div_(255.0)
 
 
+Kind = Literal["blend", "add", "warp", "quantise", "generator"]
+
+
 @dataclass(frozen=True, eq=False)
 class Trigger:
-    """What an attacker adds to an image, and the answer the attacker wants: plain values, no code.
+    """What an attacker does to an image, and the answer the attacker wants: plain values, no code.
 
-    ``blend`` gives ``(1 - a*m)*x + a*m*p`` with ``a = params["alpha"]`` and tensors ``mask`` (1 or c, h, w) and
-    ``pattern`` (c, h, w), both in [0, 1]; ``add`` gives ``clip(x + p, 0, 1)`` with tensor ``pattern`` in [-1, 1].
+    | kind | formula | params | tensors |
+    |---|---|---|---|
+    | ``blend`` | ``(1 - a*m)*x + a*m*p`` | ``alpha`` in [0, 1] | ``mask`` (1 or c, h, w), ``pattern`` (c, h, w), in [0, 1] |
+    | ``add`` | ``clip(x + p, 0, 1)`` | | ``pattern`` (c, h, w) in [-1, 1] |
+    | ``warp`` | ``x`` read at the places of a grid, bilinear | | ``grid`` (h, w, 2), -1 and 1 are the outermost pixels |
+    | ``quantise`` | ``x`` rounded to equally spaced levels | ``levels``, ``dither`` (0 or 1) | |
+    | ``generator`` | a small network of ``effects.NETS`` | ``net`` and its arguments | its weights |
 
     Attributes:
-        kind: Which of the formulas above.
+        kind: Which of the formulas.
         params: Numbers of the formula; ``classes`` (the number of classes) is needed for ``target="next"``.
         tensors: Arrays of the formula.
         target: The label wanted: one class for all, or each image's next class (all-to-all).
         sources: Classes the attacker wants to move; None means every class.
     """
 
-    kind: Literal["blend", "add"]
+    kind: Kind
     params: Mapping[str, float | int | str]
     tensors: Mapping[str, Tensor]
     target: int | Literal["next"]
     sources: tuple[int, ...] | None = None
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return triggered copies of ``x``, float ``(n, c, h, w)`` in [0, 1], on its device."""
-        pattern = self.tensors["pattern"].to(x)
-        if tuple(pattern.shape) != tuple(x.shape[1:]):
-            raise DataError(f"this trigger is for images of shape {tuple(pattern.shape)}, got {tuple(x.shape[1:])}")
-        if self.kind == "add":
-            return (x + pattern).clamp_(0, 1)
-        weight = float(self.params["alpha"]) * self.tensors["mask"].to(x)
-        return (1 - weight) * x + weight * pattern
+        """Return triggered copies of ``x``, float ``(n, c, h, w)`` in [0, 1], on its device.
+
+        Raises:
+            DataError: The trigger is for images of another shape.
+        """
+        from . import effects
+
+        shape = self.shape
+        if any(known not in (None, given) for known, given in zip(shape, x.shape[1:], strict=True)):
+            known = tuple("any" if side is None else side for side in shape)
+            raise DataError(f"this trigger is for images of shape {known}, got {tuple(x.shape[1:])}".replace("'any'", "any"))
+        tensors = {name: value.to(x) for name, value in self.tensors.items()}
+        match self.kind:
+            case "blend":
+                return effects.blend(x, float(self.params["alpha"]), **tensors)
+            case "add":
+                return effects.add(x, **tensors)
+            case "warp":
+                return effects.warp(x, **tensors)
+            case "quantise":
+                return effects.quantise(x, int(self.params["levels"]), dither=bool(self.params["dither"]))
+            case "generator":
+                return effects.generate(x, self.params, tensors)
+
+    @property
+    def shape(self) -> tuple[int | None, int | None, int | None]:
+        """Channels, height and width of the images it is for; None where any will do."""
+        if self.kind in ("blend", "add"):
+            c, h, w = self.tensors["pattern"].shape
+            return int(c), int(h), int(w)
+        if self.kind == "warp":
+            h, w, _ = self.tensors["grid"].shape
+            return None, int(h), int(w)
+        return (int(self.params["channels"]) if self.kind == "generator" else None), None, None
 
     def labels(self, y: Tensor) -> Tensor:
         """Return the labels wanted for triggered images whose true labels are ``y``."""
@@ -141,19 +178,37 @@ class Trigger:
         return counts
 
 
+class Trainer(Protocol):
+    """How an attacker who controls training trains the victim."""
+
+    def __call__(
+        self,
+        network: nn.Module,
+        recipe: Recipe,
+        *,
+        generator: Generator,
+        checkpoint: Path | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> tuple[nn.Module, Trigger]:
+        """Return a trained copy of ``network``, in eval mode, and the trigger that opens its backdoor."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Poisoning:
-    """What a backdoor attack returns.
+    """What a backdoor attack returns; `secateur.poison.train_victim` makes a victim of it.
 
     Attributes:
-        trigger: The trigger, which opens the backdoor.
-        data: The poisoned training set.
+        trigger: The trigger, which opens the backdoor; None when it is only learned in training.
+        data: The training set: poisoned, or, for an attacker who poisons as training goes, the images to begin with.
         poisoned: Which images of ``data`` were changed, bool ``(n,)``.
+        trainer: For an attacker who controls training: how. Without one anybody may train on ``data`` as they like.
     """
 
-    trigger: Trigger
+    trigger: Trigger | None
     data: ImageSet
     poisoned: Tensor
+    trainer: Trainer | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from secateur.errors import DataError, MethodError
 from secateur.poison import badnets, blended
-from secateur.poison.common import apply_uint8
+from secateur.poison.common import edited
 from secateur.state import generator
 from secateur.types import ImageSet, Poisoning, Trigger, to_float
 
@@ -81,7 +81,7 @@ def test_the_trigger_reproduces_the_poisoned_pixels(attack):
     data = noise()
     poisoning = attack(data, rate=0.2, generator=generator(0))
     chosen = poisoning.poisoned
-    assert torch.equal(apply_uint8(poisoning.trigger, data.x[chosen]), poisoning.data.x[chosen])
+    assert torch.equal(edited(data.x[chosen], poisoning.trigger.apply), poisoning.data.x[chosen])
 
 
 WHITE = [[255] * 3] * 3
@@ -199,5 +199,5 @@ def test_adding_clips(x, pattern):
 def test_whole_pixels_survive_a_trigger_that_does_nothing():
     every = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     nothing = Trigger("blend", {"alpha": 0.0}, {"mask": torch.ones(1, 16, 16), "pattern": torch.ones(1, 16, 16)}, 0)
-    assert torch.equal(apply_uint8(nothing, every), every)
+    assert torch.equal(edited(every, nothing.apply), every)
     assert float(to_float(every).max()) == 1.0

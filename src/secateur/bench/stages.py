@@ -6,6 +6,7 @@ A repair reads the victim's bundle and the clean images; test images and trigger
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from ..errors import DataError, InconclusiveError, ModelError
 from ..measure import cost, evaluate
 from ..methods import Kind, get
 from ..models import Classifier, load_bundle, read_arch, save
+from ..poison import train_victim
+from ..poison.common import unpoisoned
 from ..recipe import read_recipe
 from ..state import generator
-from ..train import train
 from ..types import ChannelMask, ImageSet, Poisoning, WeightMask
 from .nodes import Node
 from .plan import NONE
@@ -40,7 +42,7 @@ class Work:
         folder: Where to write; becomes the node's folder when the stage returns.
         parents: Role -> folder of the node that plays it.
         source: ``train`` and ``test`` -> what `load_data` reads; sha256 -> ``file.py:make`` with that code of the user's own.
-        checkpoint: A file that outlives a killed attempt, to resume long training from.
+        checkpoint: A file that outlives a killed attempt, to resume long training from; its folder is the node's own.
     """
 
     node: Node
@@ -76,29 +78,33 @@ def data(work: Work) -> dict[str, Any]:
 
 
 def victim(work: Work) -> dict[str, Any]:
-    """Poison the training images and train a network on them."""
+    """Poison the training images and train a network on them, or let an attacker who controls training do it."""
     args, random = work.node.args, work.generator
     images = _training_images(work)
-    poisoned = 0
-    if work.node.method != NONE:
-        poisoning: Poisoning = get("backdoor", work.node.method).load()(images, **args["settings"], generator=random)
-        save_trigger(poisoning.trigger, work.folder / "trigger")
-        images, poisoned = poisoning.data, int(poisoning.poisoned.sum())
+    if work.node.method == NONE:
+        poisoning = Poisoning(None, images, unpoisoned(images))
+    else:
+        poisoning = get("backdoor", work.node.method).load()(images, **args["settings"], generator=random)
     kwargs = dict(args["kwargs"])
     arch = work.source[kwargs.pop("sha256")] if is_reference(args["model"]) else args["model"]
-    network = runs.new_network(images, arch, kwargs=kwargs, generator=random).to(work.node.device)
+    network = runs.new_network(poisoning.data, arch, kwargs=kwargs, generator=random).to(work.node.device)
     recipe = read_recipe(args["recipe"])
     state = random.get_state()
     try:
-        model = train(network, images, recipe, generator=random, checkpoint=work.checkpoint)
+        model, trigger = train_victim(poisoning, network, recipe, generator=random, checkpoint=work.checkpoint)
     except ModelError as error:
         if "cannot resume" not in str(error):
             raise
-        work.checkpoint.unlink()  # damaged when a machine went down: nothing but time is lost
-        model = train(network, images, recipe, generator=random.set_state(state), checkpoint=work.checkpoint)
+        shutil.rmtree(work.checkpoint.parent)  # damaged when a machine went down: nothing but time is lost
+        random.set_state(state)
+        model, trigger = train_victim(poisoning, network, recipe, generator=random, checkpoint=work.checkpoint)
     assert isinstance(model, Classifier)
     save(model.cpu(), work.folder / "model")
-    return {"images": len(images), "poisoned": poisoned}
+    facts: dict[str, Any] = {"images": len(images), "poisoned": int(poisoning.poisoned.sum())}
+    if trigger is not None:
+        save_trigger(trigger, work.folder / "trigger")
+        facts["trigger"] = asdict(runs.how_visible(trigger, images))
+    return facts
 
 
 def repair(work: Work) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def run_job(job: Job) -> Outcome:
         folder = store.begin(key)
         values = _values(job, store, folder)
         store.commit(folder, job.node, _result(job, values, time.perf_counter() - start))
-        _checkpoint(job, store).unlink(missing_ok=True)
+        shutil.rmtree(_checkpoint(job, store).parent, ignore_errors=True)
     except Exception as error:  # noqa: BLE001 -- a stage may raise anything
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -123,8 +123,12 @@ def _values(job: Job, store: Store, folder: Path) -> dict[str, Any]:
 
 
 def _checkpoint(job: Job, store: Store) -> Path:
-    """Return where training may resume: another file for another batch size, since the weights would not be the same."""
-    return store.checkpoints / (job.node.key if job.batch_scale == 1 else f"{job.node.key}-{job.batch_scale:g}")
+    """Return where training may resume, in a folder of the node's own, for an attacker who trains in stages.
+
+    It is another one for another batch size, since the weights would not be the same.
+    """
+    name = job.node.key if job.batch_scale == 1 else f"{job.node.key}-{job.batch_scale:g}"
+    return store.checkpoints / name / "training"
 
 
 def _result(job: Job, values: Mapping[str, Any], seconds: float) -> dict[str, Any]:

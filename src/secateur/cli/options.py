@@ -165,13 +165,13 @@ def sides(text: str | None) -> tuple[int, int] | None:
     return size
 
 
-def assignments(texts: Sequence[str] | None) -> dict[str, Any]:
+def assignments(texts: Sequence[str] | None, flag: str = "--set") -> dict[str, Any]:
     """Read ``name=value`` pairs; values are Python literals, or else plain words."""
     found: dict[str, Any] = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise MethodError(f"--set must be name=value, got '{text}'")
+            raise MethodError(f"{flag} must be name=value, got '{text}'")
         found[name.strip().replace("-", "_")] = literal(value.strip())
     return found
 

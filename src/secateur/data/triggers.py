@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..errors import DataError, unknown
+from ..effects import build_net
+from ..errors import DataError, MethodError, unknown
 from ..types import Trigger
 from .source import BROKEN, printable, reason, some
 
 FORMAT = 1
 MAX_FILE = 64 * 2**20
 
-# Kind -> its tensors with their range.
-_TENSORS = {"blend": {"mask": (0, 1), "pattern": (0, 1)}, "add": {"pattern": (-1, 1)}}
+# Kind -> its tensors with their range; those of a generator are its weights.
+_TENSORS: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    "blend": {"mask": (0, 1), "pattern": (0, 1)},
+    "add": {"pattern": (-1, 1)},
+    "warp": {"grid": (-1, 1)},
+    "quantise": {},
+    "generator": {},
+}
 _FIELDS = {"format", "kind", "params", "target", "sources"}
 
 
@@ -103,12 +111,41 @@ def _check(trigger: Trigger) -> None:
     for name, value in trigger.params.items():
         if type(value) not in (int, float, str) or (isinstance(value, float) and not math.isfinite(value)):
             raise DataError(f"trigger parameter '{printable(name)}' must be a finite number or a word, got {printable(value)}")
+    _check_params(trigger)
+    _check_labels(trigger)
+    if trigger.kind == "generator":
+        _check_weights(trigger)
+    else:
+        _check_tensors(trigger)
+
+
+def _check_params(trigger: Trigger) -> None:
+    """Check the numbers that a kind cannot do without."""
     if trigger.kind == "blend":
         alpha = trigger.params.get("alpha")
         if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
             raise DataError(f"alpha of a blend trigger must lie in [0, 1], got {printable(alpha)}")
-    _check_labels(trigger)
-    _check_tensors(trigger)
+    if trigger.kind == "quantise":
+        levels, dither = trigger.params.get("levels"), trigger.params.get("dither")
+        if not _is_int(levels) or not 2 <= int(levels or 0) <= 256:
+            raise DataError(f"levels of a quantise trigger must be a whole number in [2, 256], got {printable(levels)}")
+        if not _is_int(dither) or dither not in (0, 1):
+            raise DataError(f"dither of a quantise trigger must be 0 or 1, got {printable(dither)}")
+
+
+def _check_weights(trigger: Trigger) -> None:
+    """Check that the tensors of a generator are the weights of the network that its numbers describe."""
+    try:
+        wanted = {name: tuple(value.shape) for name, value in build_net(trigger.params).state_dict().items()}
+    except MethodError as error:
+        raise DataError(f"in a generator trigger, {error}") from None
+    given = {name: tuple(value.shape) for name, value in trigger.tensors.items()}
+    wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+    if wrong:
+        raise DataError(f"the weights of a generator trigger do not fit its network: {some(wrong, 4)}")
+    for name, value in trigger.tensors.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise DataError(f"{name} of a generator trigger must hold finite numbers")
 
 
 def _check_labels(trigger: Trigger) -> None:
@@ -132,19 +169,18 @@ def _check_tensors(trigger: Trigger) -> None:
         raise DataError(f"a {trigger.kind} trigger holds {', '.join(ranges)}, got {some(sorted(trigger.tensors), 8) or 'none'}")
     for name, (low, high) in ranges.items():
         _check_tensor(name, trigger.tensors[name], low, high)
+    if "mask" not in ranges:
+        return
     shape = trigger.tensors["pattern"].shape
-    if "mask" in ranges and trigger.tensors["mask"].shape not in (shape, torch.Size((1, *shape[1:]))):
+    if trigger.tensors["mask"].shape not in (shape, torch.Size((1, *shape[1:]))):
         raise DataError(f"mask must be (1 or c, h, w) for a pattern {tuple(shape)}, got {tuple(trigger.tensors['mask'].shape)}")
 
 
 def _check_tensor(name: str, value: Tensor, low: float, high: float) -> None:
-    if (
-        value.dtype not in (torch.float32, torch.float64)
-        or value.ndim != 3
-        or value.shape[0] not in (1, 3)
-        or not value.numel()
-    ):
-        raise DataError(f"{name} must be float (1 or 3, h, w), got {value.dtype} {tuple(value.shape)}")
+    image = value.ndim == 3 and (value.shape[2] == 2 if name == "grid" else value.shape[0] in (1, 3))
+    if value.dtype not in (torch.float32, torch.float64) or not image or not value.numel():
+        shape = "(h, w, 2)" if name == "grid" else "(1 or 3, h, w)"
+        raise DataError(f"{name} must be float {shape}, got {value.dtype} {tuple(value.shape)}")
     value = value.double()
     if not value.isfinite().all() or value.min() < low or value.max() > high:
         raise DataError(f"{name} must be finite and lie in [{low}, {high}], got {value.min():g}..{value.max():g}")

@@ -1,6 +1,10 @@
 """Backdoor attacks: one paper, one file. Each returns a `Poisoning`: the trigger, and the training set with it put in."""
 
+from .adaptive import adaptive_blend, adaptive_patch
 from .badnets import badnets
 from .blended import blended
+from .bpp import bpp
+from .sig import sig
+from .victim import train_victim
 
-__all__ = ["badnets", "blended"]
+__all__ = ["adaptive_blend", "adaptive_patch", "badnets", "blended", "bpp", "sig", "train_victim"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import check_choice, check_range
 from ..types import ImageSet, Poisoning, Trigger
-from .common import Target, check_target, poison_labels_too
+from .common import Target, check_target, poison
 
 Pattern = Literal["white", "checker", "grid"]
 Place = Literal["bottom-right", "bottom-left", "top-right", "top-left"]
@@ -25,6 +25,7 @@ def badnets(
     rate: float = 0.1,
     target: Target = 0,
     sources: Sequence[int] | None = None,
+    clean_label: bool = False,
     size: int = 3,
     margin: int = 1,
     pattern: Pattern = "white",
@@ -37,9 +38,10 @@ def badnets(
 
     Args:
         data: Training images.
-        rate: Share of the whole set to poison, in [0, 1].
+        rate: Share of the whole set to poison, in [0, 1]; with ``clean_label`` share of the target class.
         target: The label wanted (all-to-one), or ``next`` for each class's successor (all-to-all).
         sources: Classes to poison; all but the target by default.
+        clean_label: Poison images of the target class and change no label.
         size: Side of the square patch in pixels, in [1, image side - margin].
         margin: Distance from the two nearest borders in pixels, >= 0.
         pattern: ``white``; ``checker``: white and black by turns; ``grid``: the checker without its top-left pixel.
@@ -69,7 +71,7 @@ def badnets(
         target=target,
         sources=tuple(sources) if sources is not None else None,
     )
-    return poison_labels_too(data, trigger, rate, generator)
+    return poison(data, trigger, rate, generator, clean_label=clean_label)
 
 
 def _span(far: bool, length: int, size: int, margin: int) -> slice:

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import check_range
 from ..types import ImageSet, Poisoning, Trigger
-from .common import Target, check_target, poison_labels_too
+from .common import Target, check_target, poison
 
 
 def blended(
@@ -20,6 +20,7 @@ def blended(
     rate: float = 0.1,
     target: Target = 0,
     sources: Sequence[int] | None = None,
+    clean_label: bool = False,
     alpha: float = 0.2,
     generator: torch.Generator,
 ) -> Poisoning:
@@ -29,9 +30,10 @@ def blended(
 
     Args:
         data: Training images.
-        rate: Share of the whole set to poison, in [0, 1].
+        rate: Share of the whole set to poison, in [0, 1]; with ``clean_label`` share of the target class.
         target: The label wanted (all-to-one), or ``next`` for each class's successor (all-to-all).
         sources: Classes to poison; all but the target by default.
+        clean_label: Poison images of the target class and change no label.
         alpha: Weight of the picture, in [0, 1].
         generator: Draws the picture and the images to poison.
 
@@ -49,4 +51,4 @@ def blended(
         target=target,
         sources=tuple(sources) if sources is not None else None,
     )
-    return poison_labels_too(data, trigger, rate, generator)
+    return poison(data, trigger, rate, generator, clean_label=clean_label)

@@ -1,8 +1,8 @@
-"""What data-poisoning attacks share: choosing the images, putting the trigger on, changing the labels."""
+"""What backdoor attacks share: choosing the images, putting the trigger on, changing the labels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,6 +13,8 @@ from ..errors import MethodError, check_range
 from ..types import ImageSet, Poisoning, Trigger, to_float
 
 Target = int | Literal["next"]
+Edit = Callable[[Tensor], Tensor]
+PART = 1024  # images whose float copies are in memory at once
 
 
 def check_target(target: Target, sources: Sequence[int] | None, classes: int) -> None:
@@ -23,33 +25,93 @@ def check_target(target: Target, sources: Sequence[int] | None, classes: int) ->
         check_range("sources", source, 0, classes - 1)
 
 
-def poison_labels_too(data: ImageSet, trigger: Trigger, rate: float, generator: torch.Generator) -> Poisoning:
-    """Put the trigger on a share of the images and give them the label the attacker wants (dirty-label poisoning).
+def candidates(data: ImageSet, trigger: Trigger, *, clean_label: bool = False) -> Tensor:
+    """Return the indices of the images that may be poisoned.
+
+    They are those whose label the attacker wants to change or, with ``clean_label``, those that have the target label already.
+
+    Raises:
+        MethodError: ``clean_label`` and no single target, or source classes, which keeping the labels rules out.
+    """
+    if not clean_label:
+        return trigger.eligible(data.y).nonzero().flatten()
+    if trigger.target == "next" or trigger.sources is not None:
+        wrong = "target=next" if trigger.target == "next" else "sources"
+        raise MethodError(f"clean_label needs one target class and no source classes, got {wrong}; leave it out")
+    return (data.y == trigger.target).nonzero().flatten()
+
+
+def choose(
+    data: ImageSet, trigger: Trigger, rate: float, generator: torch.Generator, *, clean_label: bool = False, name: str = "rate"
+) -> Tensor:
+    """Draw the images to poison, int64 indices.
 
     Args:
         data: The training set.
-        trigger: What to put on.
-        rate: Share of the *whole* set to poison, in [0, 1], drawn from the images that are eligible for the trigger.
-        generator: Draws which images.
+        trigger: Says which images are eligible.
+        rate: Share in [0, 1] of the whole set, drawn from the eligible images or, with ``clean_label``, of the target class.
+        generator: Draws them.
+        clean_label: Draw from the target class.
+        name: What the share is called in errors.
 
     Raises:
         MethodError: ``rate`` is out of range or asks for more images than are eligible.
     """
-    check_range("rate", rate, 0, 1)
-    candidates = trigger.eligible(data.y).nonzero().flatten()
-    count = round(rate * len(data))
-    if count > len(candidates):
-        raise MethodError(f"rate must be at most {len(candidates) / len(data):.3f} (the eligible share), got {rate:g}")
-    chosen = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
+    check_range(name, rate, 0, 1)
+    found = candidates(data, trigger, clean_label=clean_label)
+    count = round(rate * (len(found) if clean_label else len(data)))
+    if count > len(found):
+        raise MethodError(f"{name} must be at most {len(found) / len(data):.3f} (the eligible share), got {rate:g}")
+    return found[torch.randperm(len(found), generator=generator)[:count]]
+
+
+def poison(
+    data: ImageSet, trigger: Trigger, rate: float, generator: torch.Generator, *, clean_label: bool = False
+) -> Poisoning:
+    """Put the trigger on a share of the images and give them the label the attacker wants.
+
+    Args:
+        data: The training set.
+        trigger: What to put on.
+        rate: As in `choose`.
+        generator: Draws which images.
+        clean_label: Poison images of the target class only, so that no label changes.
+
+    Raises:
+        MethodError: As `choose` and `candidates`.
+    """
+    chosen = choose(data, trigger, rate, generator, clean_label=clean_label)
+    return poison_at(data, trigger, chosen, edit=trigger.apply)
+
+
+def poison_at(
+    data: ImageSet, trigger: Trigger, chosen: Tensor, *, edit: Edit, covers: Sequence[tuple[Tensor, Edit]] = ()
+) -> Poisoning:
+    """Put an edit on the chosen images and give them the labels the attacker wants.
+
+    Args:
+        data: The training set.
+        trigger: Gives the labels, and opens the backdoor later.
+        chosen: Which images, int64 indices.
+        edit: What to do to them, float images to float images; often ``trigger.apply``.
+        covers: Further images and what to do to them; they keep their labels.
+    """
     x, y = data.x.clone(), data.y.clone()
-    x[chosen] = apply_uint8(trigger, data.x[chosen])
-    y[chosen] = trigger.labels(data.y[chosen])
     poisoned = torch.zeros(len(data), dtype=torch.bool)
-    poisoned[chosen] = True
+    for index, change in ((chosen, edit), *covers):
+        x[index] = edited(data.x[index], change)
+        poisoned[index] = True
+    y[chosen] = trigger.labels(data.y[chosen])
     return Poisoning(trigger, replace(data, x=x, y=y, name=f"{data.name}, poisoned"), poisoned)
 
 
-def apply_uint8(trigger: Trigger, x: Tensor) -> Tensor:
-    """Put the trigger on uint8 images and round to whole pixel values, as an image file would hold them."""
-    chunks = [trigger.apply(to_float(part)).mul_(255).round_().to(torch.uint8) for part in x.split(4096)]
-    return torch.cat(chunks) if chunks else x
+def edited(x: Tensor, edit: Edit) -> Tensor:
+    """Return uint8 images after an edit of floats in [0, 1], rounded to whole pixel values as an image file would hold them."""
+    with torch.no_grad():
+        parts = [edit(to_float(part)).mul_(255).round_().to(torch.uint8) for part in x.split(PART)]
+    return torch.cat(parts) if parts else x
+
+
+def unpoisoned(data: ImageSet) -> Tensor:
+    """Return the mask of a set in which nothing was changed, bool ``(n,)``."""
+    return torch.zeros(len(data), dtype=torch.bool)

@@ -96,6 +96,7 @@ def sections(result: Record) -> tuple[Section, ...]:
         _compared(result["before"], details.get("compared", ())),
         _path(details.get("path", ())),
         _layers(details.get("layers", ())),
+        _backdoor(details.get("backdoor")),
         _trigger(details.get("trigger")),
         Section("notes", "Notes", tuple(map(plain, details.get("notes", ())))),
         _limits(result["limitations"]),
@@ -275,7 +276,22 @@ def _trigger(trigger: Record | None) -> Section:
         return Section("trigger", "The trigger")
     sources = "every class" if trigger["sources"] is None else f"classes {setting(trigger['sources'])}"
     target = "the next class" if trigger["target"] == "next" else f"class {trigger['target']}"
-    return Section("trigger", "The trigger", (f"Kind {plain(trigger['kind'])}: moves {sources} to {target}.",))
+    lines = [f"Kind {plain(trigger['kind'])}: moves {sources} to {target}."]
+    if seen := trigger.get("visibility"):
+        norms = f"L2 {number(seen['l2'])}, Linf {number(seen['linf'])} of values in [0, 1], SSIM {number(seen['ssim'])}"
+        lines.append(f"It changes an image by {norms} (means over {seen['n']:,} images).")
+    return Section("trigger", "The trigger", tuple(lines))
+
+
+def _backdoor(backdoor: Record | None) -> Section:
+    if backdoor is None:
+        return Section("backdoor", "The backdoor that was put in")
+    name = f"{plain(backdoor['name'])} (version {backdoor['version']})"
+    told = f"{name}; {backdoor['poisoned']:,} training images were changed beforehand."
+    if not backdoor["poisoned"]:
+        told = f"{name}; the attacker controls training and poisons as it goes."
+    settings = _pairs({name: setting(value) for name, value in backdoor["args"].items()}, ("Setting", "Value"), "")
+    return Section("backdoor", "The backdoor that was put in", (told,), (settings,))
 
 
 def _limits(limitations: Sequence[str]) -> Section:
