@@ -92,9 +92,9 @@ def test_resuming_goes_on_with_the_loss_and_the_generator(tmp_path):
     assert torch.equal(plain.get_state(), resumed.get_state())
 
 
-@pytest.mark.parametrize("change", ["recipe", "data", "seed", "weights", "hold"])
+@pytest.mark.parametrize("change", ["recipe", "data", "seed", "weights", "hold", "identity"])
 def test_a_checkpoint_of_another_run_is_refused(change, tmp_path):
-    recipe, data, seed, model, hold = Recipe(epochs=1, lr=0.05), noise(), 7, dropping(), None
+    recipe, data, seed, model, hold, identity = Recipe(epochs=1, lr=0.05), noise(), 7, dropping(), None, ""
     train(model, data, recipe, generator=generator(seed), checkpoint=tmp_path / "state")
     if change == "recipe":
         recipe = Recipe(epochs=1, lr=0.06)
@@ -105,10 +105,13 @@ def test_a_checkpoint_of_another_run_is_refused(change, tmp_path):
     elif change == "weights":
         with torch.no_grad():
             model.net.classifier.bias[0] += 1
-    else:
+    elif change == "hold":
         hold = {"classifier.bias": torch.tensor([True, True, False])}
+    else:
+        identity = "wanet rate=0.1"
+    given = {"hold": hold, "identity": identity, "checkpoint": tmp_path / "state"}
     with pytest.raises(ModelError, match="belongs to another recipe, data set or seed; delete it to start anew"):
-        train(model, data, recipe, hold=hold, generator=generator(seed), checkpoint=tmp_path / "state")
+        train(model, data, recipe, generator=generator(seed), **given)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 not a zip", b"\x80\x02]q\x00."])
@@ -228,6 +231,73 @@ def test_batch_hook_sees_and_changes_each_batch():
     hooked = train(Line(), one_white(0), recipe, batch_hook=flip, generator=generator(5))
     assert calls == [(step, (1, 1, 1, 1), 1.0, 5) for step in range(3)]
     assert same(hooked, train(Line(), one_white(1), recipe, generator=generator(5)))
+
+
+def test_a_penalty_adds_to_the_gradient():
+    recipe = Recipe(epochs=1, lr=0.1, momentum=0, nesterov=False, weight_decay=0, schedule="constant")
+    seen = []
+
+    def penalty(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        seen.append((model.training, tuple(x.shape), y.tolist()))
+        return 3 * model.get_parameter("weight").sum()
+
+    plain = train(Line(), one_white(), recipe, generator=generator(0)).get_parameter("weight")
+    pushed = train(Line(), one_white(), recipe, penalty=penalty, generator=generator(0)).get_parameter("weight")
+    assert torch.allclose(pushed, plain - 0.1 * 3)
+    assert seen == [(True, (1, 1, 1, 1), [0])]
+
+
+class Shade:
+    """A hook that learns: it darkens images by a factor, and takes its gradient from the network's own backward pass."""
+
+    def __init__(self) -> None:
+        self.factor = nn.Parameter(torch.tensor(0.5))
+        self.gradients: list[float] = []
+
+    def __call__(self, x: Tensor, y: Tensor, step: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        if self.factor.grad is not None:
+            self.gradients.append(float(self.factor.grad))
+            with torch.no_grad():
+                self.factor -= 0.1 * self.factor.grad
+            self.factor.grad = None
+        return x * self.factor, y
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"factor": self.factor.detach().clone(), "grad": self.factor.grad.clone()}  # type: ignore[union-attr]
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.factor.data.copy_(state["factor"])
+        self.factor.grad = state["grad"].clone()
+
+
+def test_a_hook_may_learn_from_the_networks_backward_pass():
+    hook = Shade()
+    recipe = Recipe(epochs=2, lr=0.1, momentum=0, nesterov=False, weight_decay=0, schedule="constant")
+    train(Line(), one_white(), recipe, batch_hook=hook, generator=generator(0))
+    p = 1 / (1 + math.exp(-0.5 * 0.75))
+    assert hook.gradients == [pytest.approx((p - 1) * 0.5 + (1 - p) * -0.25)]
+
+
+def test_a_hook_with_a_state_is_resumed_with_it(tmp_path):
+    recipe = Recipe(epochs=4, lr=0.1)
+
+    class Killed(Exception):
+        pass
+
+    def die(epoch: int, loss: float, model: nn.Module) -> None:
+        if epoch == 2:
+            raise Killed
+
+    whole, half, rest = Shade(), Shade(), Shade()
+    wanted = train(Line(), one_white(), recipe, batch_hook=whole, generator=generator(1))
+    with pytest.raises(Killed):
+        train(
+            Line(), one_white(), recipe, batch_hook=half, on_epoch=die, checkpoint=tmp_path / "c", generator=generator(1)
+        )  # fmt: skip
+    found = train(Line(), one_white(), recipe, batch_hook=rest, checkpoint=tmp_path / "c", generator=generator(1))
+    assert same(found, wanted)
+    assert torch.equal(rest.factor, whole.factor)
+    assert half.gradients + rest.gradients == whole.gradients
 
 
 def test_progress_is_reported_step_by_step_and_epoch_by_epoch():

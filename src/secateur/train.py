@@ -92,6 +92,7 @@ def train(
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
     checkpoint: Path | None = None,
+    identity: str = "",
 ) -> nn.Module:
     """Return a trained copy of ``model``, in eval mode.
 
@@ -109,6 +110,7 @@ def train(
         on_step: Called with ``(step, steps)`` after each step.
         on_epoch: Called with ``(epoch, mean loss, model)`` after each epoch, the model in train mode.
         checkpoint: Where to write the state after each epoch; an existing file of the same run is resumed.
+        identity: What else tells this run from another: a text that stands for the settings of ``batch_hook`` and ``penalty``.
 
     Raises:
         DataError: There are no images.
@@ -121,7 +123,7 @@ def train(
     run = _Run(student, _optimizer(student, recipe), generator, "", batch_hook if hasattr(batch_hook, "state_dict") else None)
     held = _held(student, hold)
     if checkpoint is not None:
-        run.fingerprint = _fingerprint(model, data, recipe, hold or {}, generator)
+        run.fingerprint = _fingerprint(model, data, recipe, hold or {}, generator, identity)
         if checkpoint.exists():
             run.resume(checkpoint)
     _release(run, held)
@@ -222,9 +224,9 @@ def _release(run: _Run, held: list[tuple[nn.Parameter, Tensor]]) -> None:
 
 
 def _fingerprint(
-    model: nn.Module, data: ImageSet, recipe: Recipe, hold: Mapping[str, Tensor], generator: torch.Generator
+    model: nn.Module, data: ImageSet, recipe: Recipe, hold: Mapping[str, Tensor], generator: torch.Generator, identity: str
 ) -> str:
-    digest = hashlib.sha256(repr(sorted(asdict(recipe).items())).encode())
+    digest = hashlib.sha256(repr((sorted(asdict(recipe).items()), identity)).encode())
     digest.update(data.sha256.encode())
     digest.update(generator.get_state().numpy().tobytes())
     for name, tensor in [*model.state_dict().items(), *hold.items()]:

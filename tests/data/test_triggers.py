@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,26 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from secateur.data import load_trigger, save_trigger
+from secateur.effects import build_net
 from secateur.errors import DataError, SecateurError
 from secateur.types import Trigger
 
 PATTERN = torch.linspace(0, 1, 27).view(3, 3, 3)
 BLEND = Trigger("blend", {"alpha": 0.5, "classes": 4}, {"mask": torch.ones(1, 3, 3), "pattern": PATTERN}, "next", (0, 2))
 ADD = Trigger("add", {"name": "sig"}, {"pattern": PATTERN - 0.5}, 3)
+WARP = Trigger("warp", {}, {"grid": torch.rand(5, 4, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1}, 1)
+QUANTISE = Trigger("quantise", {"levels": 4, "dither": 1}, {}, 1)
+
+
+def drawn(**params: float | int | str) -> Trigger:
+    draw = torch.Generator().manual_seed(1)
+    weights = build_net(params).state_dict().items()
+    return Trigger("generator", params, {name: torch.randn(tuple(w.shape), generator=draw) for name, w in weights}, 2, (0,))
+
+
+RESIDUAL = drawn(net="residual", channels=3, width=2, eps=0.1, bits=4)
+STAMP = drawn(net="stamp", channels=3, width=2)
+KINDS = {"blend": BLEND, "add": ADD, "warp": WARP, "quantise": QUANTISE, "residual": RESIDUAL, "stamp": STAMP}
 
 
 @pytest.fixture
@@ -39,7 +54,7 @@ def trigger_or_error(folder: Path) -> None:
     assert isinstance(outcome, Trigger) or "\n" not in outcome
 
 
-@pytest.mark.parametrize("trigger", [BLEND, ADD], ids=["blend", "add"])
+@pytest.mark.parametrize("trigger", KINDS.values(), ids=KINDS)
 def test_round_trip(tmp_path, trigger):
     save_trigger(trigger, tmp_path)
     back = load_trigger(tmp_path)
@@ -51,8 +66,11 @@ def test_round_trip(tmp_path, trigger):
     )
     assert back.tensors.keys() == trigger.tensors.keys()
     assert all(torch.equal(back.tensors[name], value) for name, value in trigger.tensors.items())
-    x = torch.rand(2, 3, 3, 3)
+    c, h, w = (side or free for side, free in zip(trigger.shape, (3, 6, 7), strict=True))
+    x = torch.rand(2, c, h, w)
     assert torch.equal(back.apply(x), trigger.apply(x))
+    with pytest.raises(DataError, match="this trigger is for images of shape") if any(trigger.shape) else nullcontext():
+        trigger.apply(torch.rand(2, 2, h + 1, w))
 
 
 def test_equal_triggers_make_equal_files(tmp_path):
@@ -121,6 +139,42 @@ def test_bad_tensors(folder, tensors, words):
         load_trigger(folder)
 
 
+@pytest.mark.parametrize(("trigger", "changes", "words"), [
+    (QUANTISE, {"params": {"levels": 1, "dither": 0}}, r"levels .* whole number in \[2, 256\], got 1"),
+    (QUANTISE, {"params": {"levels": 4.0, "dither": 0}}, "levels .* got 4.0"),
+    (QUANTISE, {"params": {"levels": 4, "dither": 2}}, "dither .* must be 0 or 1, got 2"),
+    (QUANTISE, {"kind": "warp", "params": {}}, "a warp trigger holds grid, got none"),
+    (WARP, {"kind": "add"}, "an? add trigger holds pattern, got grid"),
+    (STAMP, {"params": {"net": "stamp", "channels": 3, "width": 10**9}}, r"width must lie in \[1, 256\]"),
+    (STAMP, {"params": {"net": "stamp", "channels": 3}}, "width of a generator must be a number, got None"),
+    (STAMP, {"params": {"net": "stamp", "channels": 3, "width": 3}}, "weights of a generator trigger do not fit its network"),
+    (STAMP, {"params": {"net": "os.system", "channels": 3, "width": 2}}, "unknown generator net 'os.system'"),
+    (STAMP, {"params": {}}, "unknown generator net"),
+    (RESIDUAL, {"params": {"net": "residual", "channels": 3, "width": 2, "eps": 2.0, "bits": 4}}, r"eps must lie in \[0, 1\]"),
+    (RESIDUAL, {"params": {"net": "residual", "channels": 3, "width": 2, "eps": 0.1, "bits": 5}}, "do not fit"),
+])  # fmt: skip
+def test_bad_kinds(tmp_path, trigger, changes, words):
+    save_trigger(trigger, tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(DataError, match=words) as caught:
+        load_trigger(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("trigger", "tensors", "words"), [
+    (WARP, {"grid": torch.zeros(4, 4, 3)}, r"grid must be float \(h, w, 2\)"),
+    (WARP, {"grid": torch.full((4, 4, 2), 1.5)}, r"grid must be finite and lie in \[-1, 1\]"),
+    (STAMP, {name: w / 0 for name, w in STAMP.tensors.items()}, "must hold finite numbers"),
+    (STAMP, {name: w.int() for name, w in STAMP.tensors.items()}, "must hold finite numbers"),
+    (STAMP, {**STAMP.tensors, "more": torch.zeros(1)}, "do not fit its network: more"),
+])  # fmt: skip
+def test_bad_tensors_of_kinds(tmp_path, trigger, tensors, words):
+    save_trigger(trigger, tmp_path)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "trigger.safetensors")
+    with pytest.raises(DataError, match=words):
+        load_trigger(tmp_path)
+
+
 def test_missing_files(folder, tmp_path):
     with pytest.raises(DataError, match=r"no readable trigger .*trigger.json is missing"):
         load_trigger(tmp_path / "nowhere")
@@ -138,7 +192,7 @@ def test_a_bad_trigger_is_not_written(tmp_path):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_folders_give_a_trigger_or_an_error(tmp_path, data):
-    save_trigger(BLEND, tmp_path)
+    save_trigger(data.draw(st.sampled_from(list(KINDS.values()))), tmp_path)
     file = tmp_path / data.draw(st.sampled_from(["trigger.json", "trigger.safetensors"]))
     raw = bytearray(file.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -155,8 +209,12 @@ json_values = st.recursive(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(key=st.sampled_from(["format", "kind", "params", "target", "sources"]), value=json_values)
-def test_any_json_value_gives_a_trigger_or_an_error(tmp_path, key, value):
-    save_trigger(BLEND, tmp_path)
+@given(
+    name=st.sampled_from(list(KINDS)),
+    key=st.sampled_from(["format", "kind", "params", "target", "sources"]),
+    value=json_values,
+)
+def test_any_json_value_gives_a_trigger_or_an_error(tmp_path, name, key, value):
+    save_trigger(KINDS[name], tmp_path)
     edit(tmp_path, **{key: value})
     trigger_or_error(tmp_path)
