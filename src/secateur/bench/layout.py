@@ -14,6 +14,7 @@ from .plan import Plan
 from .stats import Summary
 from .tables import (
     ATTACK,
+    VISIBILITY,
     Config,
     Count,
     Defence,
@@ -55,7 +56,11 @@ class Section:
 def render(rows: Sequence[Row], plan: Plan, *, markdown: bool, with_cost: bool = False) -> str:
     """Return the tables of a plan's cells; every text in it is made harmless for the terminal or for Markdown."""
     groups = aggregate(rows, plan)
-    sections = [_main(groups, plan), _attacks(groups, plan), _control(groups, plan), _ranks(rows, plan), _paired(rows, plan)]
+    if plan.studies_attacks:
+        sections = [_victims(rows, groups, plan)]
+    else:
+        sections = [_main(groups, plan), _attacks(groups, plan), _control(groups, plan)]
+        sections += [_ranks(rows, plan), _paired(rows, plan)]
     sections += [*([_cost(rows)] if with_cost else []), _failed(rows), _skipped(rows), _halved(rows)]
     single = _single(plan)
     shown = [section.without(single) for section in sections if section.rows or section.below]
@@ -101,6 +106,55 @@ def _main(groups: Sequence[Group], plan: Plan) -> Section:
     below = [f"[{i}] reported by: {source}" for i, source in enumerate(sources, 1)]
     below += _unmatched(lines, plan)
     return _grid("Repairs", lines, columns, [_legend(plan)], below)
+
+
+def _victims(rows: Sequence[Row], groups: Sequence[Group], plan: Plan) -> Section:
+    """Return a plan of attacks alone: a row each, beside the benign network's rate under the same trigger."""
+    attacks = attack_labels(plan)
+    benign = {(group.config.model, group.config.trigger): group for group in groups if group.config.backdoor not in attacks}
+    seen = {row.config: row.visibility for row in rows if row.visibility}
+    sources = list(dict.fromkeys(row.source for group in groups for row in group.reported))
+    table = []
+    for model in [choice.label for choice in plan.models]:
+        control = next((group for (name, _), group in benign.items() if name == model), None)
+        if control is not None:
+            unpoisoned = _level(control, "accuracy") + _within(control, "accuracy", rows)
+            table.append([model, "no backdoor", unpoisoned, *[NOTHING] * (6 + len(sources[:1]))])
+        for group in groups:
+            if group.config.model != model or group.config.backdoor not in attacks:
+                continue
+            shown = benign.get((model, group.config.trigger))
+            cells = [model, group.config.backdoor, _level(group, "accuracy") + _within(group, "accuracy", rows)]
+            cells += [_drop(group, control), _level(group, ATTACK) + _within(group, ATTACK, rows)]
+            cells += [_level(shown, ATTACK) if shown else NOTHING]
+            if sources:
+                both = [_published(group, metric, sources) or NOTHING for metric in ("accuracy", ATTACK)]
+                cells.append(NOTHING if both == [NOTHING] * 2 else " / ".join(both))
+            cells += [f"{seen[group.config][name]:.3g}" if group.config in seen else NOTHING for name in VISIBILITY]
+            table.append(cells)
+    head = ["model", "backdoor", "accuracy", "change", "ASR", "ASR on the benign net"]
+    head += [*(["reported: accuracy / ASR"] if sources else []), "L2", "Linf", "SSIM"]
+    above = [
+        _legend(plan) if len(plan.victim_seeds) > 1 else "Percent [95 % Wilson interval over images].",
+        "change: accuracy against the benign net, in points. ASR on the benign net: what the trigger does without the backdoor.",
+        "L2, Linf (of values in [0, 1]) and SSIM of the change, means over images.",
+    ]
+    below = [f"[{i}] reported by: {source}" for i, source in enumerate(sources, 1)]
+    return Section("Attacks", head, table, above, below)
+
+
+def _within(group: Group, metric: str, rows: Sequence[Row]) -> str:
+    """Return the interval over images of a group of one cell; those of several have one over victims."""
+    if group.count.total > 1:
+        return ""
+    rates = [row.rates[metric] for row in rows if row.config == group.config and metric in row.rates]
+    return "".join(f" [{_pc(rate['low'])}, {_pc(rate['high'])}]" for rate in rates)
+
+
+def _drop(group: Group, control: Group | None) -> str:
+    if control is None or "accuracy" not in group.stats or "accuracy" not in control.stats:
+        return NOTHING
+    return signed(100 * (group.stats["accuracy"].summary.mean - control.stats["accuracy"].summary.mean), 1)
 
 
 def _grid(title: str, lines: Lines, columns: Sequence[Column], above: Sequence[str], below: Sequence[str] = ()) -> Section:

@@ -110,6 +110,11 @@ class Plan:
     reported: tuple[Reported, ...] = ()
 
     @property
+    def studies_attacks(self) -> bool:
+        """Whether it is about victims alone: nothing is repaired or compressed."""
+        return not self.repairs and all(choice.name == NONE for choice in self.compressors)
+
+    @property
     def sources(self) -> dict[str, str]:
         """What nodes read from outside the store: ``train``, ``test``, and by their sha256 the user's own networks."""
         own = {choice.settings["sha256"]: choice.code for choice in self.models if choice.code}

@@ -27,6 +27,7 @@ ATTACK = "attack_success"
 RANKED = (ATTACK, "accuracy")
 LOWER = frozenset({ATTACK})  # metrics of which less is better
 BASELINE = "fine-tuning"
+VISIBILITY = ("l2", "linf", "ssim")
 FLOAT = "{:.4f}"
 
 
@@ -68,6 +69,7 @@ class Row:
         nonzero: How many of them are not 0.
         macs: Multiply-accumulates for one image.
         removed_share: Share that the repair cut, in [0, 1], if it says so.
+        visibility: Of a victim: what its trigger changes, ``l2``, ``linf`` and ``ssim``.
         note: Which of its nodes ran at half batch.
         seconds: Time of the repair and the compression; of the training where there is neither.
         host: Where that was.
@@ -81,6 +83,7 @@ class Row:
     nonzero: int | None = None
     macs: int | None = None
     removed_share: float | None = None
+    visibility: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     seconds: float | None = None
     host: str = ""
@@ -344,6 +347,7 @@ class _Reader:
             nonzero=size.get("nonzero"),
             macs=size.get("macs"),
             removed_share=log.get("removed_share"),
+            visibility=dict(steps[0][1]["values"].get("trigger", {})) if steps[0][1] else {},
             note=f"half batch ({', '.join(halved)})" if halved else "",
             seconds=sum(result["cost"]["seconds"] for result in work) if work else None,
             host=" ".join(dict.fromkeys(result["environment"]["host"] for result in work)),
@@ -438,12 +442,14 @@ def _columns(plan: Plan, with_cost: bool) -> dict[str, type]:
     columns |= {"clean": float, "victim_seed": int, "repair_seed": int, "state": str}
     for metric in plan.metrics:
         columns |= {metric: float, f"{metric}_low": float, f"{metric}_high": float, f"{metric}_n": int}
+    if plan.studies_attacks:
+        columns |= dict.fromkeys(VISIBILITY, float)
     columns |= {"removed_share": float, "parameters": int, "nonzero": int, "macs": int, "note": str, "error": str}
     return columns | ({"seconds": float, "host": str} if with_cost else {})
 
 
 def _record(row: Row, columns: Iterable[str]) -> dict[str, Any]:
-    values = {**vars(row.cell), **vars(row)}
+    values = {**vars(row.cell), **vars(row), **row.visibility}
     for metric, rate in row.rates.items():
         values |= {metric: rate["value"], **{f"{metric}_{part}": rate[part] for part in ("low", "high", "n")}}
     return {name: values.get(name) for name in columns}
