@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from secateur.cli import run
-from secateur.data import save_npz, save_trigger
+from secateur.data import load_data, load_trigger, save_npz, save_trigger
 from secateur.models import load_bundle, save
 
 
@@ -203,3 +203,32 @@ def test_a_network_of_ones_own_goes_through_every_verb(files, capsys):
     assert run(["convert", "own.pt", *arch, "--input-size", "12", "-o", "converted"]) == 0
     assert run(["train", "clean.npz", "--arch", "own.py:wrong", *recipe, "-o", "x", "-q"]) == 2
     assert "one logit per class (3), got 7" in capsys.readouterr().err
+
+
+def test_train_puts_a_backdoor_in_and_records_it(files, capsys):
+    train = ["train", "test.npz", "--arch", "convnet", "--set", "width=4", "--set", "epochs=2", "--test", "clean.npz"]
+    assert run([*train, "--backdoor", "blended", "--poison", "rate=0.3", "--poison", "target=1", "-o", "v", "-q"]) == 0
+    record = json.loads((files / "v" / "result.json").read_text())
+    told = record["details"]["backdoor"]
+    assert (told["name"], told["args"]["rate"], told["args"]["target"], told["poisoned"]) == ("blended", 0.3, 1, 36)
+    assert record["after"]["attack_success"]["n"] == sum(load_data("clean.npz").y != 1)
+    assert record["details"]["trigger"]["visibility"]["ssim"] < 0.99
+    assert load_trigger(files / "v").target == 1
+    assert run(["report", "v", "--format", "md"]) == 0
+    shown = capsys.readouterr().out
+    assert "blended (version 2); 36 training images were changed beforehand" in shown
+    assert "SSIM" in shown
+    assert run(["repair", "v", *REPAIR[2:], "--trigger", "v", "-o", "w", "-q"]) in (0, 3)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--backdoor", "badnetz"], "unknown backdoor method 'badnetz'; did you mean 'badnets'"),
+    (["--backdoor", "badnets", "--poison", "sice=3"], "unknown setting of 'badnets' 'sice'; did you mean 'size'"),
+    (["--backdoor", "badnets", "--poison", "rate"], "--poison must be name=value, got 'rate'"),
+    (["--poison", "rate=0.1"], "--poison sets a backdoor; name one with --backdoor"),
+    (["--backdoor", "badnets", "--trigger", "trigger"], "not both"),
+])  # fmt: skip
+def test_a_backdoor_that_cannot_be_put_in(files, capsys, flags, message):
+    assert run(["train", "test.npz", "--arch", "convnet", *flags, "-o", "v"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (files / "v").exists()
