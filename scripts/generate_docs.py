@@ -36,7 +36,10 @@ def methods_page() -> str:
             continue
         lines += [f"## {kind.capitalize()}s", ""]
         for row in rows:
-            lines += [f"### {row.name}", "", f"{methods.summary(row)} Source: {row.paper}. Version {row.version}.", ""]
+            told = f"Source: {row.paper}. Version {row.version}."
+            if row.access and row.visibility:
+                told += f" The attacker controls {row.access}; the trigger is {row.visibility}."
+            lines += [f"### {row.name}", "", f"{methods.summary(row)} {told}", ""]
             found = methods.parameters(row)
             if found:
                 lines += ["| setting | default | meaning |", "|---|---|---|"]

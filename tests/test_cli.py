@@ -1,13 +1,20 @@
 """The command line as a person meets it: exit codes, one clear line, files written, nothing lost."""
 
 import json
+import sys
+from copy import copy
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
+from secateur import methods
 from secateur.cli import run
 from secateur.data import load_data, load_trigger, save_npz, save_trigger
+from secateur.methods import Method, get
 from secateur.models import load_bundle, save
 
 
@@ -19,6 +26,7 @@ def files(victim, tmp_path, monkeypatch):
     save_npz(victim.clean, tmp_path / "clean.npz")
     save_npz(victim.test, tmp_path / "test.npz")
     save_trigger(victim.trigger, tmp_path / "trigger")
+    (tmp_path / "folder.png").mkdir()
     return tmp_path
 
 
@@ -96,6 +104,13 @@ MISTAKES = [
     (["list", "repair"], 2, "did you mean 'repairs'"),
     (["poison", "clean.npz", "--set", "rate=7", "-o", "p"], 2, "rate must lie in [0, 1], got 7"),
     (["poison", "clean.npz", "--set", "target=3", "-o", "p"], 2, "target must lie in [0, 2], got 3"),
+    (["poison", "clean.npz", "--preview", "p.jpg"], 2, "must name a file that ends in .png, got 'p.jpg'"),
+    (["poison", "clean.npz", "--preview", "folder.png"], 2, "is a folder"),
+    (["poison", "clean.npz", "--preview", "p.png", "--method", "badnts"], 2, "did you mean 'badnets'"),
+    (["poison", "clean.npz", "--preview", "p.png", "--set", "rate=0.1"], 2, "--set needs exactly one --method, got 0"),
+    (["poison", "clean.npz", "--preview", "p.png", "--trigger", "nowhere"], 2, "nowhere"),
+    (["poison", "clean.npz", "--trigger", "trigger"], 2, "name its file with --preview"),
+    (["poison", "clean.npz", "-o", "p", "--method", "badnets", "--method", "blended"], 2, "only one --method can be written"),
     (["train", "clean.npz"], 2, "train needs --arch"),
     (["train", "clean.npz", "--arch", "resnet21"], 2, "did you mean"),
     (["report", "nowhere"], 2, "nowhere"),
@@ -153,6 +168,178 @@ def test_poison_is_reproducible(files):
         assert run(["poison", "test.npz", "--method", "blended", "-o", folder, "-q"]) == 0
     for name in ("data.npz", "card.json", "trigger/trigger.json", "trigger/trigger.safetensors"):
         assert (files / "a" / name).read_bytes() == (files / "b" / name).read_bytes()
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """Every word written on a picture."""
+    words = []
+    write = ImageDraw.ImageDraw.text
+
+    def text(self, xy, text, *args, **kwargs):
+        words.append(text)
+        return write(self, xy, text, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    return words
+
+
+def test_poison_without_output_or_preview_goes_to_poisoned(files):
+    assert run(["poison", "test.npz", "-q"]) == 0
+    assert json.loads((files / "poisoned" / "card.json").read_text())["method"] == "badnets"
+
+
+def test_preview_shows_one_method_and_writes_nothing_else(files, capsys, said):
+    before = set(files.rglob("*"))
+    assert run(["poison", "test.npz", "--preview", "new/p.png", "--method", "blended", "--set", "alpha=0.5", "--json"]) == 0
+    assert set(files.rglob("*")) - before == {files / "new", files / "new" / "p.png"}
+    with Image.open(files / "new" / "p.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 12 * 96
+    out, err = capsys.readouterr()
+    [numbers] = json.loads(out)
+    assert numbers["name"] == "blended"
+    assert numbers["n"] == 80  # of 120 images, those that are not of the target class
+    assert 0 < numbers["ssim"] < 1
+    assert 0.3 < numbers["linf"] <= 0.5
+    assert "picture of 1 attack written to new/p.png" in err
+    assert "blended" in said
+    assert f"Linf {numbers['linf']:.2f}" in said
+
+
+def test_preview_shows_all_attacks_that_have_a_trigger_before_training(files, said, capsys):
+    assert run(["poison", "test.npz", "--preview", "p.png", "-q"]) == 0
+    assert {"badnets", "blended"} <= set(said)
+    assert capsys.readouterr().err == ""
+    assert not (files / "poisoned").exists()
+
+
+def test_a_picture_is_not_replaced_unasked(files, capsys):
+    command = ["poison", "test.npz", "--preview", "p.png", "--method", "badnets", "-q"]
+    assert run(command) == 0
+    before = (files / "p.png").read_bytes()
+    assert run([*command, "--set", "size=5"]) == 2
+    assert "is there already; use --overwrite" in capsys.readouterr().err
+    assert (files / "p.png").read_bytes() == before
+    assert run([*command, "--overwrite"]) == 0
+    assert (files / "p.png").read_bytes() == before
+    assert run([*command, "--set", "size=5", "--overwrite"]) == 0
+    assert (files / "p.png").read_bytes() != before
+
+
+def test_preview_with_triggers_of_victims(files, victim, said, capsys):
+    save_trigger(victim.trigger, files / "mine")
+    save_trigger(replace(victim.trigger, target=1), files / "other" / "trigger")
+    methods = ["--method", "blended", "--method", "badnets"]
+    triggers = ["--trigger", "mine", "--trigger", "other", "--trigger", "other/trigger"]
+    assert run(["poison", "test.npz", "--preview", "p.png", *methods, *triggers, "--json", "-q"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    names = ["blended", "badnets", "mine", "other", "other"]
+    assert [row["name"] for row in rows] == names
+    assert [word for word in said if word in names] == names
+    assert {row["n"] for row in rows} == {40}  # the same images everywhere: neither of class 0 nor of class 1
+    assert rows[1] == rows[2] | {"name": "badnets"} == rows[3] | {"name": "badnets"}
+
+
+def test_preview_of_triggers_that_move_different_images(files, victim, capsys):
+    save_trigger(replace(victim.trigger, sources=(1,)), files / "one")
+    save_trigger(replace(victim.trigger, sources=(2,)), files / "two")
+    command = ["poison", "test.npz", "--preview", "p.png", "--method", "badnets", "--trigger", "one", "--trigger", "two"]
+    assert run([*command, "--json", "-q"]) == 0
+    assert [row["n"] for row in json.loads(capsys.readouterr().out)] == [80, 40, 40]
+    save_npz(victim.test.subset(victim.test.y != 2), files / "test.npz")
+    assert run([*command, "--overwrite"]) == 3
+    assert "no image is eligible for the trigger of two" in capsys.readouterr().err
+
+
+def test_poison_and_preview_together(files, capsys, said):
+    assert run(["poison", "test.npz", "--method", "blended", "-o", "p", "--preview", "p/picture.png", "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((files / "p" / "card.json").read_text())
+    assert (files / "p" / "trigger" / "trigger.json").exists()
+    assert (files / "p" / "picture.png").exists()
+    assert "blended" in said
+    assert "badnets" not in said
+
+
+CONTROLS = """
+from secateur.errors import MethodError
+from secateur.poison import badnets
+from secateur.poison.common import unpoisoned
+from secateur.types import Poisoning
+def learns(data, *, generator):
+    return Poisoning(None, data, unpoisoned(data), trainer=print)
+def knows(data, *, generator):
+    return Poisoning(badnets(data, generator=generator).trigger, data, unpoisoned(data), trainer=print)
+def cannot(data, *, generator):
+    raise MethodError("these images are too small")
+"""
+
+
+@pytest.fixture
+def attackers(files, monkeypatch):
+    """Attacks of an installed package: two that control training, and one that takes other images only."""
+    (files / "controls.py").write_text(CONTROLS)
+    monkeypatch.syspath_prepend(files)
+    rows = [
+        Method("backdoor", name, f"controls:{name}", 1, "paper", access=access)
+        for name, access in (("learns", "training"), ("knows", "training"), ("cannot", "images"))
+    ]
+    points = [SimpleNamespace(load=partial(copy, row)) for row in rows]
+    monkeypatch.setattr(methods, "TABLE", [row for row in methods.TABLE if row.name == "badnets"])
+    monkeypatch.setattr(methods, "entry_points", lambda group: points)
+    methods.table.cache_clear()
+    yield
+    methods.table.cache_clear()
+    sys.modules.pop("controls", None)
+
+
+@pytest.mark.parametrize("name", ["learns", "knows"])
+@pytest.mark.parametrize("told", [True, False], ids=["by the table", "by the attack"])
+def test_an_attack_that_controls_training_is_not_written(files, attackers, capsys, monkeypatch, name, told):
+    if told:  # refused without looking at the images
+        assert run(["poison", "nowhere.npz", "--method", name]) == 2
+        assert "controls training" in capsys.readouterr().err
+    else:
+        row = replace(get("backdoor", name), access="images")
+        monkeypatch.setattr("secateur.cli.poison.get", lambda kind, name: row)
+    for output in (["-o", "p"], []):
+        assert run(["poison", "test.npz", "--method", name, *output]) == 2
+        err = capsys.readouterr().err
+        assert f"'{name}' controls training" in err
+        assert f"use secateur train --backdoor {name}" in err
+        assert err.count("\n") == 1
+    assert not (files / "p").exists()
+    assert not (files / "poisoned").exists()
+
+
+def test_preview_of_attacks_that_control_training(files, attackers, said, capsys):
+    assert run(["poison", "test.npz", "--preview", "p.png", "--method", "knows", "-q"]) == 0
+    assert "knows" in said
+    assert run(["poison", "test.npz", "--preview", "q.png", "--method", "learns"]) == 2
+    assert "'learns' learns its trigger in training" in capsys.readouterr().err
+    assert run(["poison", "test.npz", "--preview", "q.png", "--method", "cannot"]) == 2
+    assert "these images are too small" in capsys.readouterr().err
+    assert not (files / "q.png").exists()
+    said.clear()
+    assert run(["poison", "test.npz", "--preview", "q.png"]) == 0
+    assert "cannot is left out: these images are too small" in capsys.readouterr().err
+    assert {"badnets", "knows"} <= set(said)
+    assert not {"learns", "cannot"} & set(said)
+
+
+def test_list_tells_what_a_backdoor_needs_and_how_visible_it_is(capsys):
+    row = get("backdoor", "badnets")
+    assert run(["list", "backdoors", "badnets"]) == 0
+    text = capsys.readouterr().out
+    assert row.paper in text
+    assert f"access: {row.access}; visibility: {row.visibility}" in text
+    assert run(["list", "backdoors", "--json"]) == 0
+    told = {found["name"]: found for found in json.loads(capsys.readouterr().out)}
+    for row in methods.table("backdoor"):
+        found = told[row.name]
+        assert (found["paper"], found["access"], found["visibility"]) == (row.paper, row.access, row.visibility)
+    assert run(["list", "scores", "--json"]) == 0
+    assert not {"access", "visibility"} & set(json.loads(capsys.readouterr().out)[0])
 
 
 def test_list_shows_settings_and_help_works(files, capsys):

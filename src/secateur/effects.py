@@ -93,11 +93,12 @@ class UNet(nn.Module):
 class Residual(nn.Module):
     """``clip(x + eps*tanh(u), 0, 1)`` with ``u`` a `UNet` of the image, and of a message of bits where there is one.
 
-    A linear layer makes a small picture of the message, ``SIDE`` pixels high and wide, which is enlarged to the image's size.
+    A linear layer makes a tile of the message, ``SIDE`` pixels high and wide, which is repeated over the image: a texture, as
+    convolutional networks learn it, at any place and for images of any size.
     """
 
-    SIDE = 8
-    PLANES = 3  # of the message's picture
+    SIDE = 4
+    PLANES = 3  # of the tile
 
     def __init__(self, channels: int, width: int, eps: float, bits: int = 0) -> None:
         super().__init__()
@@ -118,9 +119,10 @@ class Residual(nn.Module):
         if self.spread is not None:
             bits = self.message if message is None else message
             assert bits is not None
-            small = self.spread(2 * bits - 1).view(-1, self.PLANES, self.SIDE, self.SIDE)
-            picture = F.interpolate(small, size=x.shape[2:])
-            given = torch.cat([given, picture.expand(len(x), -1, -1, -1)], 1)
+            tile = self.spread(2 * bits - 1).view(-1, self.PLANES, self.SIDE, self.SIDE).expand(len(x), -1, -1, -1)
+            height, width = x.shape[2:]
+            tiled = tile.repeat(1, 1, -(-height // self.SIDE), -(-width // self.SIDE))[:, :, :height, :width]
+            given = torch.cat([given, tiled], 1)
         return (x + self.eps * self.unet(given).tanh()).clamp(0, 1)
 
 
@@ -134,7 +136,7 @@ class Stamp(nn.Module):
 
     def mask(self, x: Tensor) -> Tensor:
         """Return the mask of each image, nearly 0 or 1, ``(n, 1, h, w)``."""
-        return torch.sigmoid(self.mask_net(2 * x - 1).tanh() * 20 - 10)
+        return torch.sigmoid(20 * self.mask_net(2 * x - 1).tanh())
 
     def pattern(self, x: Tensor) -> Tensor:
         """Return the pattern of each image, ``(n, c, h, w)``."""

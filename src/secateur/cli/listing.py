@@ -44,12 +44,14 @@ def list_methods(
 def describe(row: Method) -> dict[str, Any]:
     """Return one method as plain data."""
     found = parameters(row)
+    attack = {"access": row.access, "visibility": row.visibility} if row.kind == "backdoor" else {}
     return {
         "kind": row.kind,
         "name": row.name,
         "version": row.version,
         "summary": summary(row),
         "paper": row.paper,
+        **attack,
         "settings": [{"name": p.name, "type": p.annotation, "default": p.default, "help": p.help} for p in found],
     }
 
@@ -57,6 +59,8 @@ def describe(row: Method) -> dict[str, Any]:
 def details(row: Method) -> str:
     """Return one method as text: what it does, and each setting with its default."""
     lines = [f"{row.name} (v{row.version}; {row.paper})", f"    {summary(row)}"]
+    if row.kind == "backdoor":
+        lines.append(f"    access: {row.access or 'not stated'}; visibility: {row.visibility or 'not stated'}")
     for parameter in parameters(row):
         default = "required" if parameter.default is None else parameter.default
         lines.append(f"    --set {parameter.name}={default}  {parameter.help}")

@@ -5,7 +5,4 @@ from .cost import Cost, cost
 from .intervals import paired_p, wilson
 from .visibility import Visibility, visibility
 
-__all__ = [
-    *("Cost", "Evaluation", "Visibility"),
-    *("correct", "cost", "evaluate", "paired_p", "predict", "visibility", "wilson"),
-]
+__all__ = ["Cost", "Evaluation", "Visibility", "correct", "cost", "evaluate", "paired_p", "predict", "visibility", "wilson"]

@@ -1,7 +1,7 @@
 """How much a trigger changes images: L2 and Linf norms, and structural similarity (SSIM).
 
-Wang, Bovik, Sheikh, Simoncelli, "Image Quality Assessment: From Error Visibility to Structural Similarity", IEEE Transactions on
-Image Processing 13 (2004).
+Wang, Bovik, Sheikh, Simoncelli, "Image Quality Assessment: From Error Visibility to Structural Similarity", IEEE Transactions
+on Image Processing 13 (2004).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DataError, InconclusiveError
@@ -17,7 +16,7 @@ from ..types import ImageSet, Trigger, to_float
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
-PIXELS = 2**19  # of a channel, in memory at once
+PIXELS = 2**17  # values in memory at once: small enough for the cache
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ def visibility(trigger: Trigger, data: ImageSet) -> Visibility:
         InconclusiveError: No image is eligible for the trigger.
     """
     shown = data.x[trigger.eligible(data.y)]
+    if not len(shown):
+        raise InconclusiveError("no image is eligible for the trigger: all belong to its target or to no source class")
     with torch.inference_mode():
         return _means([_changes(x, trigger.apply(x)) for x in (to_float(part) for part in shown.split(_part(shown)))])
 
@@ -58,6 +59,8 @@ def compare(clean: Tensor, changed: Tensor) -> Visibility:
     """
     if clean.shape != changed.shape:
         raise DataError(f"images to compare must have the same shape, got {tuple(clean.shape)} and {tuple(changed.shape)}")
+    if not len(clean):
+        raise InconclusiveError("a comparison needs at least one image, got 0")
     size = _part(clean)
     with torch.inference_mode():
         return _means([_changes(x, y) for x, y in zip(clean.split(size), changed.split(size), strict=True)])
@@ -74,21 +77,23 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
         x: Images, float ``(n, c, h, w)`` in [0, 1].
         y: Images of the same shape.
     """
-    n, c, h, w = x.shape
     x, y = x.double(), y.double()
-    maps = torch.stack([x, y, x * x, y * y, x * y]).view(5 * n * c, 1, h, w)
-    for kernel in (_window(h, x).view(1, 1, -1, 1), _window(w, x).view(1, 1, 1, -1)):
-        maps = F.conv2d(maps, kernel)
-    mean_x, mean_y, xx, yy, xy = maps.view(5, n, -1)
+    maps = _smooth(_smooth(torch.stack([x, y, x * x, y * y, x * y]), 3), 4)
+    mean_x, mean_y, xx, yy, xy = maps.flatten(2)
     product, squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
     top = (2 * product + C1) * (2 * (xy - product) + C2)
     return (top / ((squares + C1) * (xx + yy - squares + C2))).mean(dim=1)
 
 
-def _window(side: int, like: Tensor) -> Tensor:
-    size = min(WINDOW, side)
-    weights = torch.exp(-((torch.arange(size).to(like) - (size - 1) / 2) ** 2) / (2 * SIGMA**2))
-    return weights / weights.sum()
+def _smooth(x: Tensor, dim: int) -> Tensor:
+    """Return weighted means over a window along one side, at all places where it fits."""
+    size = min(WINDOW, x.shape[dim])
+    weights = torch.exp(-((torch.arange(size, dtype=torch.float64) - (size - 1) / 2) ** 2) / (2 * SIGMA**2))
+    places = x.shape[dim] - size + 1
+    total = torch.zeros_like(x.narrow(dim, 0, places))
+    for i, weight in enumerate((weights / weights.sum()).tolist()):
+        total.add_(x.narrow(dim, i, places), alpha=weight)
+    return total
 
 
 def _part(x: Tensor) -> int:
@@ -103,7 +108,5 @@ def _changes(x: Tensor, y: Tensor) -> Tensor:
 
 def _means(parts: list[Tensor]) -> Visibility:
     rows = torch.cat(parts)
-    if not len(rows):
-        raise InconclusiveError("no image is eligible for the trigger: all belong to its target or to no source class")
     l2, linf, similarity = rows.mean(dim=0).tolist()
     return Visibility(l2, linf, similarity, len(rows))

@@ -4,7 +4,21 @@ from .adaptive import adaptive_blend, adaptive_patch
 from .badnets import badnets
 from .blended import blended
 from .bpp import bpp
+from .input_aware import input_aware
+from .lira import lira
 from .sig import sig
 from .victim import train_victim
+from .wanet import wanet
 
-__all__ = ["adaptive_blend", "adaptive_patch", "badnets", "blended", "bpp", "sig", "train_victim"]
+__all__ = [
+    "adaptive_blend",
+    "adaptive_patch",
+    "badnets",
+    "blended",
+    "bpp",
+    "input_aware",
+    "lira",
+    "sig",
+    "train_victim",
+    "wanet",
+]

@@ -1,0 +1,89 @@
+"""LIRA: a faint change of each image, learned together with the network.
+
+Doan, Lao, Zhao, Li, "LIRA: Learnable, Imperceptible and Robust Backdoor Attacks", ICCV 2021,
+doi:10.1109/ICCV48922.2021.01175.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..effects import WIDEST, Residual
+from ..errors import check_range
+from ..recipe import Recipe
+from ..train import train
+from ..types import ImageSet, Poisoning, Trigger
+from .common import Target, check_target, unpoisoned
+from .control import Learner, check_rates, count_steps, device_of, untrained
+
+
+def lira(
+    data: ImageSet,
+    *,
+    rate: float = 0.1,
+    target: Target = 0,
+    sources: Sequence[int] | None = None,
+    eps: float = 0.05,
+    joint: float = 0.5,
+    lr: float = 0.001,
+    width: int = 16,
+    generator: torch.Generator,
+) -> Poisoning:
+    """Learn a bounded change of the image together with the network, then train on with the change fixed.
+
+    ``x' = clip(x + eps * T(x), 0, 1)`` with ``T`` a small network into [-1, 1]; network and ``T`` minimise the same loss.
+
+    Args:
+        data: Training images.
+        rate: Share of the images poisoned in an epoch, others in each, in [0, 1].
+        target: The label wanted (all-to-one), or ``next`` for each class's successor (all-to-all).
+        sources: Classes to poison; all but the target by default.
+        eps: Largest change of a pixel value, in [0, 1].
+        joint: Share of training in which the change is learned, in [0, 1]; it is fixed for the rest.
+        lr: Learning rate (Adam) of the change.
+        width: Channels of the first layer of ``T``, in [1, 256].
+        generator: Draws the initial weights of ``T``.
+
+    Raises:
+        MethodError: An argument is out of range.
+    """
+    check_target(target, sources, len(data.classes))
+    check_range("eps", eps, 0, 1)
+    check_range("joint", joint, 0, 1)
+    check_range("lr", lr, 1e-9, 1)
+    check_range("width", width, 1, WIDEST)
+    channels = data.shape[0]
+    trigger = Trigger(
+        kind="generator",
+        params={"net": "residual", "channels": channels, "width": width, "eps": eps, "bits": 0, "classes": len(data.classes)},
+        tensors=untrained(lambda: Residual(channels, width, eps), generator),
+        target=target,
+        sources=tuple(sources) if sources is not None else None,
+    )
+    check_rates(data, trigger, rate, 0)
+
+    def trainer(
+        network: nn.Module,
+        recipe: Recipe,
+        *,
+        generator: torch.Generator,
+        checkpoint: Path | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> tuple[nn.Module, Trigger]:
+        until = round(joint * count_steps(data, recipe))
+        hook = _Changes(trigger, data, rate, 0, device=device_of(network), lr=lr, until=until)
+        model = train(network, data, recipe, generator=generator, batch_hook=hook, checkpoint=checkpoint, on_step=on_step)
+        return model, hook.learned()
+
+    return Poisoning(None, data, unpoisoned(data), trainer=trainer)
+
+
+class _Changes(Learner):
+    """Changes the chosen images by the network as it is."""
+
+    def change(self, x: Tensor, chosen: Tensor, others: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return self.net(x[chosen]), x[others]
