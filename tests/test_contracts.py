@@ -69,7 +69,8 @@ def tensors(value):
     if isinstance(value, Scores):
         return dict(value.values)
     assert isinstance(value, Poisoning)
-    return {"x": value.data.x, "y": value.data.y, "poisoned": value.poisoned, **(value.trigger.tensors if value.trigger else {})}
+    trigger = value.trigger.tensors if value.trigger else {}
+    return {"x": value.data.x, "y": value.data.y, "poisoned": value.poisoned, **trigger}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)

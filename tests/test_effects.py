@@ -94,9 +94,8 @@ STAMP = {"net": "stamp", "channels": 2, "width": 3}
 
 def weights(params: dict) -> dict[str, torch.Tensor]:
     draw = generator(2)
-    return {
-        name: 0.2 * torch.randn(tuple(value.shape), generator=draw) for name, value in effects.build_net(params).state_dict().items()
-    }
+    wanted = effects.build_net(params).state_dict()
+    return {name: 0.2 * torch.randn(tuple(value.shape), generator=draw) for name, value in wanted.items()}
 
 
 @pytest.mark.parametrize("params", [RESIDUAL, {**RESIDUAL, "bits": 4}, STAMP], ids=["residual", "bits", "stamp"])

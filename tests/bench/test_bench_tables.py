@@ -425,3 +425,69 @@ def test_tables_need_nothing_heavy():
     heavy = ("torch", "numpy", "scipy", "pyarrow")
     code = f"import sys, {tables.__name__}, {layout.__name__}; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+ATTACKS = """
+format = 1
+name = "attacks"
+victim_seeds = {seeds}
+[data]
+name = "fashion-mini"
+[[model]]
+name = "convnet"
+label = "net"
+[[backdoor]]
+name = "badnets"
+label = "BadNets"
+[[backdoor]]
+name = "blended"
+label = "Blended"
+[[backdoor]]
+name = "none"
+[reported]
+file = "reported.toml"
+"""
+
+
+def attack_study(path, seeds="[0]"):
+    """A plan without repairs, done: BadNets 90 / 100 %, Blended 80 / 50 %, the benign net 92 % and 4 % under any trigger."""
+    table = Table(path, ATTACKS.format(seeds=seeds))
+    (path / "reported.toml").write_text(
+        '[[reported]]\nsource = "Somebody, 2020"\nwhere = { backdoor = "BadNets" }\naccuracy = 0.913\nattack_success = 0.95\n'
+    )
+    table.plan = read_plan(path / "plan.toml")
+    for cell in table.graph.cells:
+        seen = {"l2": 2.5, "linf": 0.75, "ssim": 0.9876, "n": 10} if cell.backdoor == "BadNets" else {}
+        if not table.store.done(cell.keys[0]):
+            table.put(cell.keys[0], {"trigger": seen} if seen else {})
+        table.finish(cell, *{"BadNets": (0.9, 1.0), "Blended": (0.8, 0.5), "none": (0.92, 0.04)}[cell.backdoor])
+    return table
+
+
+def test_a_plan_of_attacks_alone_has_a_row_per_attack_beside_the_benign_net(tmp_path):
+    text = attack_study(tmp_path).render("md")
+    assert "## Attacks" in text
+    assert "## Repairs" not in text
+    assert "Benign control" not in text
+    lines = {
+        line.split(" | ")[0].strip("| "): [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+    }
+    head = "backdoor, accuracy, change, ASR, ASR on the benign net, reported: accuracy / ASR, L2, Linf, SSIM"
+    assert lines["backdoor"] == head.split(", ")
+    assert [cell.partition(" ")[0] for cell in lines["BadNets"][1:6]] == ["90.0", "-2.0", "100.0", "4.0", "91.3"]
+    assert lines["BadNets"][6:] == ["2.5", "0.75", "0.988"]
+    assert [cell.partition(" ")[0] for cell in lines["Blended"][1:]] == ["80.0", "-12.0", "50.0", "4.0", "-", "-", "-", "-"]
+    assert lines["no backdoor"][1].startswith("92.0 ")
+    assert "reported by: Somebody, 2020" in text
+
+
+def test_several_victims_have_intervals_over_victims_instead_of_images(tmp_path):
+    text = attack_study(tmp_path, "[0, 1]").render()
+    assert "Wilson" not in text
+    assert "90.0 ± 0.0 [90.0, 90.0]" in text
+
+
+def test_visibility_stands_in_the_cells_of_an_attack_study_alone(tmp_path, full):
+    rows = list(csv.DictReader(io.StringIO(attack_study(tmp_path / "a").render("csv"))))
+    assert {row["backdoor"]: row["ssim"] for row in rows} == {"BadNets": "0.9876", "Blended": "", "none": ""}
+    assert "ssim" not in full.render("csv").splitlines()[0]

@@ -136,7 +136,8 @@ def _victims(rows: Sequence[Row], groups: Sequence[Group], plan: Plan) -> Sectio
     head += [*(["reported: accuracy / ASR"] if sources else []), "L2", "Linf", "SSIM"]
     above = [
         _legend(plan) if len(plan.victim_seeds) > 1 else "Percent [95 % Wilson interval over images].",
-        "change: accuracy against the benign net, in points. ASR on the benign net: what the trigger does without the backdoor.",
+        "change: accuracy against the benign net, in points.",
+        "ASR on the benign net: what the trigger does to a network without the backdoor.",
         "L2, Linf (of values in [0, 1]) and SSIM of the change, means over images.",
     ]
     below = [f"[{i}] reported by: {source}" for i, source in enumerate(sources, 1)]

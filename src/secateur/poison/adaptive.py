@@ -57,7 +57,7 @@ def adaptive_blend(
     Differs from the authors' code, which blends in a cartoon picture from a file: no file is needed here.
     """
     check_target(target, sources, len(data.classes))
-    channels, height, width = data.shape
+    _, height, width = data.shape
     for name, value in (("alpha", alpha), ("attack_alpha", attack_alpha), ("share", share)):
         check_range(name, value, 0, 1)
     check_range("pieces", pieces, 1, min(height, width))
