@@ -233,32 +233,33 @@ def compare(given: Namespace, data: Path) -> None:
             print("  {}: peer over ours: poison {:.1f}, epoch {:.1f}, together {:.1f}".format(what, *ratios), flush=True)
 
 
-def swift(given: Namespace, data: Path) -> None:
-    """Time our attacks that need no gradient, with their default settings, and their triggers on every image."""
-    import torch
-
+def alone(data: Path, attack: str, workers: int) -> Row:
+    """Poison with our attack's default settings, then put its trigger on every image."""
     from secateur.data import load_data
-    from secateur.methods import get, table
+    from secateur.methods import get
     from secateur.poison.common import edited
     from secateur.state import generator
 
-    images = load_data(data)
-    print(f"{len(images)} images, one thread, median of {given.repeats}")
-    torch.set_num_threads(1)
-    for attack in WITHOUT_GRADIENTS:
-        if attack not in {row.name for row in table("backdoor")}:
-            continue
-        times = []
-        for _ in range(given.repeats):
-            start = time.perf_counter()
-            poisoning = get("backdoor", attack).load()(images, generator=generator(0))
-            between = time.perf_counter()
-            edited(images.x, poisoning.trigger.apply)
-            times.append((between - start, time.perf_counter() - between))
-        whole, every = (statistics.median(column) for column in zip(*times, strict=True))
-        count = int(poisoning.poisoned.sum())
+    images, method = load_data(data), get("backdoor", attack).load()
+    start = clocks()
+    poisoning = method(images, generator=generator(0))
+    between = clocks()
+    edited(images.x, poisoning.trigger.apply)
+    return row(start, between, clocks(), images=len(images), poisoned=int(poisoning.poisoned.sum()), memory=peak())
+
+
+def swift(given: Namespace, data: Path) -> None:
+    """Time our attacks that need no gradient."""
+    from secateur.methods import table
+
+    known = {row.name for row in table("backdoor")}
+    for attack in (name for name in WITHOUT_GRADIENTS if name in known):
+        one = median([measure(sys.executable, "alone", ".", data, attack, 0) for _ in range(given.repeats)])
         print(
-            f"  {attack:<16} {count:5d} images changed: {whole:6.2f} s; its trigger on all images: {every:6.2f} s", flush=True
+            f"{attack:<16} {one['poisoned']:5.0f} of {one['images']:.0f} images changed in {one['poison']:6.2f} s "
+            f"(CPU {one['poison, CPU']:5.2f} s); its trigger on all {one['load']:6.2f} s (CPU {one['load, CPU']:5.2f} s); "
+            f"{one['memory']:.0f} MiB",
+            flush=True,
         )
 
 

@@ -38,8 +38,8 @@ class Method:
         quick: Settings with which the contract tests run it in a moment.
         needs: ``suspect`` when it wants possibly poisoned data; such a method is never part of ``auto``.
         access: Of a backdoor: what the attacker must control.
-        visibility: Of a backdoor with its default settings, by mean SSIM on photographs: ``visible`` below 0.95, ``invisible``
-            from 0.99.
+        visibility: Of a backdoor with its default settings, on photographs: ``visible`` when SSIM is below 0.95 or a pixel
+            changes by more than 0.3 of the range (Linf), ``invisible`` from SSIM 0.99 on if none changes by more than 8/255.
     """
 
     kind: Kind
@@ -61,7 +61,7 @@ class Method:
 TABLE: tuple[Method, ...] = (
     Method(
         "backdoor", "badnets", "secateur.poison.badnets:badnets", 2, "arXiv:1708.06733", {"rate": 0.2},
-        access="images and labels", visibility="faint",
+        access="images and labels", visibility="visible",
     ),
     Method(
         "backdoor", "blended", "secateur.poison.blended:blended", 2, "arXiv:1712.05526", {"rate": 0.2},
@@ -82,6 +82,34 @@ TABLE: tuple[Method, ...] = (
     Method(
         "backdoor", "adaptive-patch", "secateur.poison.adaptive:adaptive_patch", 1, "ICLR 2023, arXiv:2205.13613",
         {"rate": 0.2, "cover_rate": 0.1}, access="images and labels", visibility="visible",
+    ),
+    Method(
+        "backdoor", "wanet", "secateur.poison.wanet:wanet", 1, "ICLR 2021, arXiv:2102.10369", {"rate": 0.2},
+        access="training", visibility="faint",
+    ),
+    Method(
+        "backdoor", "input-aware", "secateur.poison.input_aware:input_aware", 1, "NeurIPS 2020, arXiv:2010.08138",
+        {"rate": 0.2, "mask_steps": 20, "width": 2}, access="training", visibility="visible",
+    ),
+    Method(
+        "backdoor", "lira", "secateur.poison.lira:lira", 1, "ICCV 2021, doi:10.1109/ICCV48922.2021.01175",
+        {"rate": 0.2, "width": 2}, access="training", visibility="faint",
+    ),
+    Method(
+        "backdoor", "pruning-aware", "secateur.poison.pruning_aware:pruning_aware", 1, "RAID 2018, arXiv:1805.12185",
+        {"rate": 0.2}, access="training", visibility="visible",
+    ),
+    Method(
+        "backdoor", "clp-aware", "secateur.poison.clp_aware:clp_aware", 1, "ours, against ECCV 2022, arXiv:2208.03111",
+        {"rate": 0.2}, access="training", visibility="visible",
+    ),
+    Method(
+        "backdoor", "anp-aware", "secateur.poison.anp_aware:anp_aware", 1, "ours, against NeurIPS 2021, arXiv:2110.14430",
+        {"rate": 0.2}, access="training", visibility="visible",
+    ),
+    Method(
+        "backdoor", "repair-aware", "secateur.poison.repair_aware:repair_aware", 1, "ours, after arXiv:2002.08347",
+        {"rate": 0.2, "rounds": 1}, access="training", visibility="visible",
     ),
     Method("score", "l1", "secateur.prune.magnitude:l1", 1, "ICLR 2017, arXiv:1608.08710"),
     Method("score", "l2", "secateur.prune.magnitude:l2", 1, "ICLR 2017, arXiv:1608.08710"),

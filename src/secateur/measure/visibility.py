@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import DataError, InconclusiveError
 from ..types import ImageSet, Trigger, to_float
 
-WINDOW, SIGMA = 11, 1.5
+REACH, SIGMA = 5, 1.5
 C1, C2 = 0.01**2, 0.03**2
 PIXELS = 2**17  # values in memory at once: small enough for the cache
 
@@ -69,9 +69,10 @@ def compare(clean: Tensor, changed: Tensor) -> Visibility:
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Return the structural similarity of each pair of images, float64 ``(n,)``.
 
-    The mean over channels and over all places of a Gaussian window, 11x11 pixels with standard deviation 1.5, that lies wholly
-    inside the image; constants K1 = 0.01 and K2 = 0.03. In images with fewer than 11 rows or columns the window has as many
-    rows or columns as the image.
+    The mean over channels and pixels, each compared through a Gaussian window around it of 11x11 pixels with standard deviation
+    1.5; constants K1 = 0.01 and K2 = 0.03. The paper leaves out pixels whose window goes beyond the image. Here images go on as
+    their mirror image, as in torchmetrics, because triggers often lie in a corner. With fewer than 6 rows or columns the window
+    reaches only as far as they can be mirrored.
 
     Args:
         x: Images, float ``(n, c, h, w)`` in [0, 1].
@@ -86,13 +87,15 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _smooth(x: Tensor, dim: int) -> Tensor:
-    """Return weighted means over a window along one side, at all places where it fits."""
-    size = min(WINDOW, x.shape[dim])
-    weights = torch.exp(-((torch.arange(size, dtype=torch.float64) - (size - 1) / 2) ** 2) / (2 * SIGMA**2))
-    places = x.shape[dim] - size + 1
-    total = torch.zeros_like(x.narrow(dim, 0, places))
+    """Return weighted means over the window along one side, beyond whose ends lies the mirror image."""
+    side = x.shape[dim]
+    reach = min(REACH, side - 1)
+    places = torch.arange(-reach, side + reach, device=x.device).abs()
+    mirrored = x.index_select(dim, side - 1 - (side - 1 - places).abs())
+    weights = torch.exp(-(torch.arange(-reach, reach + 1, dtype=torch.float64) ** 2) / (2 * SIGMA**2))
+    total = torch.zeros_like(x)
     for i, weight in enumerate((weights / weights.sum()).tolist()):
-        total.add_(x.narrow(dim, i, places), alpha=weight)
+        total.add_(mirrored.narrow(dim, i, side), alpha=weight)
     return total
 
 

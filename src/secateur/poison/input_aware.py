@@ -60,6 +60,9 @@ def input_aware(
 
     Raises:
         MethodError: An argument is out of range.
+
+    Differs from the authors' code in that the mask is held to its density from both sides, that the networks are smaller and
+    have no batch-norm, and that images which have the wanted label already are not poisoned.
     """
     check_target(target, sources, len(data.classes))
     check_range("density", density, 1e-4, 1)

@@ -50,6 +50,10 @@ def lira(
 
     Raises:
         MethodError: An argument is out of range.
+
+    Differs from the authors' code in that one pass of training does both stages, that a share of each batch is poisoned and
+    not a second copy of all of it, that ``T`` learns from the network's own gradients and not in turns with it from a copy
+    that is an epoch old, and that ``eps`` is larger: they need 50 epochs for the first stage and up to 500 for the second.
     """
     check_target(target, sources, len(data.classes))
     check_range("eps", eps, 0, 1)

@@ -35,19 +35,26 @@ def wanet(
 ) -> Poisoning:
     """Warp a share of each batch by one smooth random field and relabel it.
 
+    A pixel of ``x'`` at the place ``u``, with -1 and 1 at the borders, is ``x`` read at ``clip((u + s*f(u)/side)*r, -1, 1)``:
+    ``f`` is a random field on ``k`` x ``k`` points with mean size 1, enlarged by bicubic interpolation. In noise mode others
+    are read at ``clip(... + z/side, -1, 1)``, ``z`` uniform in [-1, 1] for each pixel, and keep their labels.
+
     Args:
         data: Training images.
         rate: Share of the images poisoned in an epoch, others in each, in [0, 1].
         target: The label wanted (all-to-one), or ``next`` for each class's successor (all-to-all).
         sources: Classes to poison; all but the target by default.
-        strength: Mean size of the field at its ``k`` x ``k`` points, in half pixels, >= 0 (the paper's s).
+        strength: ``s``, mean size of the field at its points in half pixels, in [0, smaller image side].
         k: Points of the field each way, in [2, smaller image side].
-        grid_rescale: Factor of all places read, in (0, 1]; below 1 it zooms in.
+        grid_rescale: ``r``, in [0.001, 1]; below 1 it zooms in.
         cross_ratio: Images warped by the field and noise, which keep their labels, per poisoned one, >= 0; 0 is no noise mode.
         generator: Draws the field.
 
     Raises:
         MethodError: An argument is out of range.
+
+    Differs from the authors' code in that images are warped after augmentation, not before, and that images which have the
+    wanted label already are not poisoned. Their s is 0.5, with 1000 epochs.
     """
     check_target(target, sources, len(data.classes))
     _, height, width = data.shape
