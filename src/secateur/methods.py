@@ -73,7 +73,7 @@ TABLE: tuple[Method, ...] = (
     ),
     Method(
         "backdoor", "bpp", "secateur.poison.bpp:bpp", 1, "arXiv:2205.13383", {"rate": 0.2},
-        access="images and labels", visibility="faint",
+        access="images and labels", visibility="visible",
     ),
     Method(
         "backdoor", "adaptive-blend", "secateur.poison.adaptive:adaptive_blend", 1, "ICLR 2023, arXiv:2205.13613",

@@ -160,11 +160,12 @@ def _epoch(
         step = run.epoch * steps + i
         for group in run.optimizer.param_groups:
             group["lr"] = recipe.lr * recipe.factor((step + 0.5) / (steps * recipe.epochs))
-        x, y = data.x[index.to(data.x.device)], data.y[index.to(data.y.device)]
+        index = index.to(data.x.device)
+        x, y = data.x.index_select(0, index), data.y.index_select(0, index)
         x = to_float(augment(x, recipe.augment, generator=run.generator))
         if batch_hook is not None:
             x, y = batch_hook(x, y, step, run.generator)
-        total += _step(run, recipe, x.contiguous(memory_format=torch.channels_last), y, penalty)
+        total += _step(run, recipe, x, y, penalty)
         _release(run, held)
         if on_step is not None:
             on_step(step + 1, steps * recipe.epochs)
