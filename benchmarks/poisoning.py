@@ -67,9 +67,8 @@ def ours(data: Path, attack: str, workers: int) -> Row:
 
     def epoch(given: ImageSet) -> None:
         for index in torch.randperm(len(given), generator=random).tensor_split(math.ceil(len(given) / BATCH)):
-            x, _ = given.x[index], given.y[index]
-            x = to_float(augment(x, ("crop", "flip"), generator=random))
-            net(x.contiguous(memory_format=torch.channels_last))
+            x, _ = given.x.index_select(0, index), given.y.index_select(0, index)
+            net(to_float(augment(x, ("crop", "flip"), generator=random)))
 
     start = clocks()
     poisoning = method(images, **SETTINGS.get(attack, {}), generator=generator(0))
