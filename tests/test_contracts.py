@@ -206,5 +206,7 @@ def test_an_attacker_who_trains_repeats_itself_and_resumes(row, victims, trained
 @pytest.mark.parametrize("row", BACKDOORS, ids=lambda row: row.name)
 def test_a_benign_network_does_not_follow_a_trigger_it_never_saw(row, victims, trained, images):
     """Negative control: the rate on a benign net is far from what a backdoor gives."""
+    if run(row, trained, images).trigger is None:
+        pytest.skip("learned on this very network, here: an adversarial pattern for it; the attack table has real ones")
     rate = evaluate(trained, images, trigger=victims(row.name)[1]).attack_success
     assert rate.value < 0.7

@@ -17,7 +17,9 @@ from secateur.bench.store import Store
 from secateur.bench.work import Job, run_job
 from secateur.data import load_data, save_npz
 from secateur.errors import InconclusiveError, SecateurError
+from secateur.poison import victim as victims
 from secateur.state import generator
+from secateur.train import train
 
 PLAN = """
 format = 1
@@ -103,13 +105,13 @@ def test_a_checkpoint_of_another_batch_size_is_not_resumed(plan, store, monkeypa
         if epoch == 2:
             raise KeyboardInterrupt
 
-    train = stages.train
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "train", lambda *args, **kwargs: train(*args, **kwargs, on_epoch=stop))
+        patch.setattr(victims, "train", lambda *args, **kwargs: train(*args, **kwargs, on_epoch=stop))
         with pytest.raises(KeyboardInterrupt):
             run_job(half)
     [left] = store.checkpoints.iterdir()
     assert left.name.endswith("-0.5")
+    assert (left / "training").is_file()
     full = job(plan, store, "victim")
     assert run_job(full).status == "done"
     undisturbed = Store(store.root.parent / "undisturbed")
@@ -124,7 +126,10 @@ def test_a_checkpoint_of_another_batch_size_is_not_resumed(plan, store, monkeypa
 def test_a_damaged_checkpoint_costs_only_time(plan, store, content):
     assert run_job(job(plan, store, "data")).status == "done"
     victim = job(plan, store, "victim")
-    (store.checkpoints / victim.node.key).write_bytes(content)
+    folder = store.checkpoints / victim.node.key
+    folder.mkdir()
+    (folder / "training").write_bytes(content)
+    (folder / "training-1").write_bytes(content)  # of an earlier part of an attacker's training
     assert run_job(victim).status == "done"
     assert list(store.checkpoints.iterdir()) == []
 
