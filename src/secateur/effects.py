@@ -126,6 +126,22 @@ class Residual(nn.Module):
         return (x + self.eps * self.unet(given).tanh()).clamp(0, 1)
 
 
+class Texture(nn.Module):
+    """``clip(x + eps*tanh(v), 0, 1)`` with ``v`` a `UNet` of the image, brought to mean 0 and variance 1 in each channel.
+
+    So the change is never a tint of the whole image, which is the first thing that such a network otherwise learns.
+    """
+
+    def __init__(self, channels: int, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.unet = UNet(channels, channels, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the images with what the network adds to them."""
+        return (x + self.eps * F.instance_norm(self.unet(2 * x - 1)).tanh()).clamp(0, 1)
+
+
 class Stamp(nn.Module):
     """``(1 - m)*x + m*p`` with mask ``m`` and pattern ``p`` in [0, 1], each from a `UNet` of the image."""
 
@@ -151,6 +167,7 @@ class Stamp(nn.Module):
 NETS: Mapping[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "residual": (Residual, ("channels", "width", "eps", "bits")),
     "stamp": (Stamp, ("channels", "width")),
+    "texture": (Texture, ("channels", "width", "eps")),
 }
 
 

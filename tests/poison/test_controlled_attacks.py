@@ -18,14 +18,14 @@ from secateur.poison.control import Batches, Learner, count_steps, materialise, 
 from secateur.poison.input_aware import _Stamps, fit_mask, spread
 from secateur.poison.lira import _Changes
 from secateur.poison.wanet import _Warps
-from secateur.state import generator
+from secateur.state import generator, smaller_batches
 from secateur.train import Recipe
 from secateur.types import ImageSet, Trigger, to_float
 
 CPU = torch.device("cpu")
 ATTACKS = {
     "wanet": (wanet, {"strength": 4.0, "k": 3, "cross_ratio": 1.0}),
-    "input-aware": (input_aware, {"width": 2, "mask_steps": 10, "density": 0.1}),
+    "input-aware": (input_aware, {"width": 2, "mask_steps": 3, "density": 0.1}),
     "lira": (lira, {"width": 2, "eps": 0.2}),
 }
 RECIPE = Recipe(epochs=3, lr=0.05, batch_size=60, augment=("flip",), schedule="triangle", milestones=(0.3,))
@@ -251,11 +251,12 @@ def test_equal_images_leave_finite_gradients():
     assert bool(out.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("density", [0.05, 0.1])
-def test_the_mask_network_learns_the_density_and_where_differs(density, images):
+def test_the_mask_network_learns_the_density_and_where_differs(images):
+    density = 0.08
     start = net_trigger("stamp", images)
     before, rng = {name: value.clone() for name, value in start.tensors.items()}, torch.get_rng_state()
-    trained = fit_mask(start, images, density, 120, 0.01, generator(0), CPU)
+    with smaller_batches(0.5):
+        trained = fit_mask(start, images, density, 100, 0.01, generator(0), CPU)
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(value, start.tensors[name]) for name, value in before.items())
     same = {name for name, value in before.items() if torch.equal(value, trained.tensors[name])}

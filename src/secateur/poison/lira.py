@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..effects import WIDEST, Residual
+from ..effects import WIDEST, Texture
 from ..errors import check_range
 from ..recipe import Recipe
 from ..train import train
@@ -63,8 +63,8 @@ def lira(
     channels = data.shape[0]
     trigger = Trigger(
         kind="generator",
-        params={"net": "residual", "channels": channels, "width": width, "eps": eps, "bits": 0, "classes": len(data.classes)},
-        tensors=untrained(lambda: Residual(channels, width, eps), generator),
+        params={"net": "texture", "channels": channels, "width": width, "eps": eps, "classes": len(data.classes)},
+        tensors=untrained(lambda: Texture(channels, width, eps), generator),
         target=target,
         sources=tuple(sources) if sources is not None else None,
     )
