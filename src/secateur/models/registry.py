@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..architectures import ARCHITECTURES, Architecture, architecture, is_external, resolve
 from ..errors import ModelError
@@ -49,11 +50,22 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     return builder(row)(**row.fixed, **resolve(name, kwargs))
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves weights as they are: on the meta device a normal draw would import torch's compiler, two seconds of it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer an initialiser with the tensor itself."""
+        kwargs = kwargs or {}
+        if function is torch.Tensor.normal_ or getattr(function, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def skeleton(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     """Build an architecture on the meta device: names and shapes without memory or random draws."""
     if is_external(name):
         return skeleton_external(name, kwargs)
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         return build(name, **kwargs)
 
 
