@@ -70,7 +70,7 @@ class _Run:
             ) from error
         if known != self.fingerprint:
             raise ModelError(
-                f"cannot resume from '{path}': it belongs to another recipe, data set or seed; delete it to start anew"
+                f"cannot resume from '{path}': it belongs to another recipe, data set, attack or seed; delete it to start anew"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

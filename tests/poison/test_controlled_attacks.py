@@ -373,7 +373,7 @@ def test_killed_and_resumed_is_uninterrupted(name, images, tiny, tmp_path):
     assert torch.equal(load_trigger(tmp_path / "trigger").apply(x), trigger.apply(x))
     assert not torch.equal(trigger.apply(x), x)
     for changed in ({"rate": 0.1}, {"target": 1}, {"sources": [1, 2]}):
-        with pytest.raises(ModelError, match=r"^cannot resume: .* delete it to start anew$"):
+        with pytest.raises(ModelError, match=r"^cannot resume .* delete it to start anew$"):
             attack(name, images, **changed).trainer(network, RECIPE, generator=generator(5), checkpoint=tmp_path / "c")
 
 
@@ -385,7 +385,7 @@ def test_killed_and_resumed_is_uninterrupted(name, images, tiny, tmp_path):
 def test_a_checkpoint_of_other_settings_is_refused(name, changed, images, tiny, tmp_path):
     recipe = replace(RECIPE, epochs=1)
     attack(name, images).trainer(tiny(), recipe, generator=generator(5), checkpoint=tmp_path / "c")
-    with pytest.raises(ModelError, match="another attack or other settings"):
+    with pytest.raises(ModelError, match="another recipe, data set, attack or seed"):
         attack(name, images, **changed).trainer(tiny(), recipe, generator=generator(5), checkpoint=tmp_path / "c")
 
 

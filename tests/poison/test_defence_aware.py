@@ -131,7 +131,7 @@ def test_killed_anywhere_and_resumed_is_undisturbed(name, images, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "setting"), [
-    ("pruning-aware", {"drop": 0.9}), ("clp-aware", {"weight": 0.2}), ("anp-aware", {"eps": 0.1}),
+    ("pruning-aware", {"drop": 0.9}), ("clp-aware", {"weight": 0.2}), ("anp-aware", {"eps": 0.2}),
     ("repair-aware", {"share": 0.3}), ("repair-aware", {"repair": "norm-pruning"}),
 ])  # fmt: skip
 def test_a_checkpoint_of_other_settings_is_refused(name, setting, images, tmp_path):
@@ -271,7 +271,7 @@ def test_the_clp_penalty_does_its_work(images):
     layers = bounded_layers(make_tiny(), images.shape)
 
     def worst(weight: float) -> float:
-        bounds = channel_bounds(made("clp-aware", images, RECIPE, weight=weight)[0], layers).values()
+        bounds = channel_bounds(made("clp-aware", images, RECIPE, weight=weight, deviations=1.5)[0], layers).values()
         return max(((b.max() - b.mean()) / b.std()).item() for b in bounds)
 
     plain, aware = worst(0.0), worst(1.0)
@@ -346,7 +346,7 @@ def test_the_anp_penalty_does_its_work(images):
     x, y = batch(make_images(120, seed=5), 120)
     losses = []
     for weight in (0.0, 0.5):
-        victim, _ = made("anp-aware", images, RECIPE, weight=weight)
+        victim, _ = made("anp-aware", images, RECIPE, weight=weight, eps=0.4)
         losses.append(float(loss_under_noise(victim, x, y, 0.3).detach()))
     assert losses[1] < 0.6 * losses[0]
 
@@ -368,8 +368,6 @@ def halve(model, clean, *, generator):
         for parameter in copied.parameters():
             parameter += 0.01
         net.bn3.weight[2], net.bn3.bias[2], net.conv3.weight[2] = 0, 0, 0
-        net.bn1.running_mean += 0.5
-        net.bn1.running_var *= 3
     return Repaired(copied, None)
 
 
@@ -411,7 +409,7 @@ def test_right_after_a_rehearsal_the_loss_is_that_of_the_repaired_network(tiny, 
     loss = hook.loss(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
-    repaired = halve(model, images, generator=None).model.eval()
+    repaired = halve(model, images, generator=None).model.train()
     expected = F.cross_entropy(repaired(hook.x), hook.y)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     loss.backward()
@@ -425,14 +423,12 @@ def test_right_after_a_rehearsal_the_loss_is_that_of_the_repaired_network(tiny, 
 
 
 def test_later_the_repair_moves_with_the_network(tiny, images, calls):
-    model, hook = tiny(), rehearsal(halve, images)
+    model, hook = tiny().train(), rehearsal(halve, images)
     hook(*batch(images), 0, generator(1))
     hook.loss(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 1.5
-        core(model).bn1.running_var *= 2
-        core(model).bn1.running_mean -= 1
     expected = halve(model, images, generator=None).model  # this repair does the same wherever it starts
     assert float(hook.loss(model).detach()) == pytest.approx(
         float(F.cross_entropy(expected(hook.x), hook.y).detach()), rel=1e-5

@@ -6,9 +6,9 @@ cuts the neurons whose weights and biases, when they are perturbed so as to rais
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from ..train import train
 from ..types import ImageSet, Poisoning, Trigger
 from .bases import Base, Beside, poison_with
 from .common import Target
-from .control import count_steps
+from .control import count_steps, identity_of
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -34,8 +34,8 @@ def anp_aware(
     rate: float = 0.1,
     target: Target = 0,
     sources: Sequence[int] | None = None,
-    eps: float = 0.4,
-    weight: float = 0.5,
+    eps: float = 0.1,
+    weight: float = 0.05,
     share: float = 0.25,
     generator: torch.Generator,
 ) -> Poisoning:
@@ -67,33 +67,18 @@ def anp_aware(
     check_range("share", share, 0, 1)
     poisoning = poison_with(attack, data, rate=rate, target=target, sources=sources, generator=generator)
 
-    def trainer(
-        network: nn.Module,
-        recipe: Recipe,
-        *,
-        generator: torch.Generator,
-        checkpoint: Path | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> tuple[nn.Module, Trigger]:
+    def trainer(network: nn.Module, recipe: Recipe, **run: Any) -> tuple[nn.Module, Trigger]:
         if not any(isinstance(module, NORMS) and module.affine for module in network.modules()):
             raise MethodError("anp-aware needs a network with batch-norms, got one without; use another attack")
-        clean = Beside(data, share, recipe.augment, attack="anp-aware", eps=eps, weight=weight)
+        clean = Beside(data, share, recipe.augment)
         steps = count_steps(data, recipe)
 
         def penalty(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             return weight * loss_under_noise(model, clean.x, clean.y, eps * clean.step / steps).log1p()
 
-        model = train(
-            network,
-            poisoning.data,
-            recipe,
-            generator=generator,
-            batch_hook=clean,
-            penalty=penalty,
-            on_step=on_step,
-            checkpoint=checkpoint,
-        )
         assert poisoning.trigger is not None
+        identity = identity_of("anp-aware", poisoning.trigger, eps=eps, weight=weight, share=share)
+        model = train(network, poisoning.data, recipe, batch_hook=clean, penalty=penalty, identity=identity, **run)
         return model, poisoning.trigger
 
     return replace(poisoning, trainer=trainer)

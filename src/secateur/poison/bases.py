@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import augment
-from ..errors import ModelError, check_choice
+from ..errors import check_choice
 from ..types import ImageSet, Poisoning, to_float
 from .badnets import badnets
 from .blended import blended
@@ -37,34 +37,7 @@ def poison_with(
     return function(data, rate=rate, target=target, sources=sources, generator=generator, **more)
 
 
-class Unchanged:
-    """A batch hook that hands the batch on as it is; it ties a checkpoint to the attack's settings."""
-
-    def __init__(self, **settings: object) -> None:
-        """Take everything that the training depends on beside its data and recipe."""
-        self._settings = repr(sorted(settings.items()))
-
-    def __call__(self, x: Tensor, y: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return the batch."""
-        return x, y
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs to go on."""
-        return {"settings": self._settings}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ModelError: It belongs to another attack, or to other settings of this one.
-        """
-        if state.get("settings") != self._settings:
-            raise ModelError(
-                "cannot resume: the checkpoint belongs to another attack or other settings; delete it to start anew"
-            )
-
-
-class Beside(Unchanged):
+class Beside:
     """A batch hook that hands the batch on as it is and draws a second one for a penalty to read.
 
     Attributes:
@@ -73,9 +46,8 @@ class Beside(Unchanged):
         step: The step it belongs to.
     """
 
-    def __init__(self, data: ImageSet, share: float, augmentations: Sequence[str], **settings: object) -> None:
+    def __init__(self, data: ImageSet, share: float, augmentations: Sequence[str]) -> None:
         """Draw ``share`` as many images as the batch has, at least one, from ``data``, with replacement."""
-        super().__init__(share=share, **settings)
         self._data, self._share, self._augmentations = data, share, augmentations
         self.x, self.y, self.step = to_float(data.x[:0]), data.y[:0], 0
 

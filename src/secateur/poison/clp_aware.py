@@ -6,9 +6,9 @@ which cuts each channel whose bound is more than ``u`` standard deviations above
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ from ..models.channels import trace_channels
 from ..recipe import Recipe
 from ..train import train
 from ..types import ImageSet, Poisoning, Trigger
-from .bases import Base, Unchanged, poison_with
+from .bases import Base, poison_with
 from .common import Target
+from .control import identity_of
 
 LEAST = 1e-12
 
@@ -33,8 +34,8 @@ def clp_aware(
     rate: float = 0.1,
     target: Target = 0,
     sources: Sequence[int] | None = None,
-    deviations: float = 1.5,
-    weight: float = 0.1,
+    deviations: float = 2.0,
+    weight: float = 0.03,
     generator: torch.Generator,
 ) -> Poisoning:
     """Train on poisoned images with a penalty on channels whose Lipschitz bound stands out in its layer.
@@ -63,14 +64,7 @@ def clp_aware(
     check_range("weight", weight, 0, 1e6)
     poisoning = poison_with(attack, data, rate=rate, target=target, sources=sources, generator=generator)
 
-    def trainer(
-        network: nn.Module,
-        recipe: Recipe,
-        *,
-        generator: torch.Generator,
-        checkpoint: Path | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> tuple[nn.Module, Trigger]:
+    def trainer(network: nn.Module, recipe: Recipe, **run: Any) -> tuple[nn.Module, Trigger]:
         layers = bounded_layers(network, data.shape)
         if not layers:
             raise MethodError("clp-aware needs a network with convolutions, got one without")
@@ -80,17 +74,9 @@ def clp_aware(
                 excess = [standing_out(bounds, deviations) for bounds in channel_bounds(model, layers).values()]
                 return weight * torch.stack(excess).sum()
 
-        model = train(
-            network,
-            poisoning.data,
-            recipe,
-            generator=generator,
-            batch_hook=Unchanged(attack="clp-aware", deviations=deviations, weight=weight),
-            penalty=penalty,
-            on_step=on_step,
-            checkpoint=checkpoint,
-        )
         assert poisoning.trigger is not None
+        identity = identity_of("clp-aware", poisoning.trigger, deviations=deviations, weight=weight)
+        model = train(network, poisoning.data, recipe, penalty=penalty, identity=identity, **run)
         return model, poisoning.trigger
 
     return replace(poisoning, trainer=trainer)

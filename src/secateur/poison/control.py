@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..effects import build_net
-from ..errors import MethodError, ModelError, check_range
+from ..errors import MethodError, check_range
 from ..recipe import Recipe
 from ..state import batch_size, seeded
 from ..types import ImageSet, Trigger
@@ -43,15 +43,13 @@ class Batches:
         data: The training set.
         rate: Expected share of the whole set poisoned in an epoch.
         cross_ratio: How many images per poisoned one change and keep their labels.
-        settings: Whatever else the attack depends on; a checkpoint of other settings is refused.
     """
 
-    def __init__(self, trigger: Trigger, data: ImageSet, rate: float, cross_ratio: float, **settings: object) -> None:
+    def __init__(self, trigger: Trigger, data: ImageSet, rate: float, cross_ratio: float) -> None:
         able = int(trigger.eligible(data.y).sum())
         self.trigger = trigger
         self.chance = rate * len(data) / able if able else 0.0
         self.cross = rate * cross_ratio
-        self.fingerprint = _fingerprint(trigger, {"rate": rate, "cross_ratio": cross_ratio, **settings})
 
     def __call__(self, x: Tensor, y: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the batch with some images poisoned."""
@@ -78,21 +76,6 @@ class Batches:
         """Return the images at ``chosen`` with the trigger, and those at ``others`` with what must not open the backdoor."""
         raise NotImplementedError
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs to go on."""
-        return {"attack": self.fingerprint}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ModelError: It belongs to another attack, or to other settings of this one.
-        """
-        if state.get("attack") != self.fingerprint:
-            raise ModelError(
-                "cannot resume: the checkpoint belongs to another attack or other settings; delete it to start anew"
-            )
-
 
 class Learner(Batches):
     """Poisons with a generator network, which learns from the gradients that the victim's own backward pass gives it.
@@ -109,7 +92,6 @@ class Learner(Batches):
         lr: Learning rate of Adam.
         betas: Of Adam.
         until: The step from which on nothing is learned.
-        settings: As for `Batches`.
     """
 
     def __init__(
@@ -124,9 +106,8 @@ class Learner(Batches):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         until: int,
-        **settings: object,
     ) -> None:
-        super().__init__(trigger, data, rate, cross_ratio, lr=lr, until=until, **settings)
+        super().__init__(trigger, data, rate, cross_ratio)
         self.net = materialise(trigger, device)
         self.until = until
         self.parameters: list[nn.Parameter] = []
@@ -156,15 +137,10 @@ class Learner(Batches):
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs to go on."""
         self.settle()
-        return {**super().state_dict(), "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ModelError: It belongs to another attack, or to other settings of this one.
-        """
-        super().load_state_dict(state)
+        """Go on from a checkpoint."""
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -197,9 +173,10 @@ def _some(index: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return index[torch.randperm(len(index), generator=generator)[:count]]
 
 
-def _fingerprint(trigger: Trigger, settings: Mapping[str, object]) -> str:
-    described = (trigger.kind, sorted(trigger.params.items()), trigger.target, trigger.sources, sorted(settings.items()))
-    digest = hashlib.sha256(repr(described).encode())
+def identity_of(attack: str, trigger: Trigger, **settings: object) -> str:
+    """Return the ``identity`` for `secateur.train.train`: a hash of the trigger, and of what else the training depends on."""
+    described = (trigger.kind, sorted(trigger.params.items()), trigger.target, trigger.sources)
+    digest = hashlib.sha256(repr((attack, described, sorted(settings.items()))).encode())
     for name, value in trigger.tensors.items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

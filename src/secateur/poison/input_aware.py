@@ -5,8 +5,8 @@ Nguyen and Tran, "Input-Aware Dynamic Backdoor Attack", NeurIPS 2020, arXiv:2010
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..state import batch_size
 from ..train import train
 from ..types import ImageSet, Poisoning, Trigger, to_float
 from .common import Target, check_target, unpoisoned
-from .control import Learner, check_rates, count_steps, device_of, learned_tensors, materialise, untrained
+from .control import Learner, check_rates, count_steps, device_of, identity_of, learned_tensors, materialise, untrained
 
 DENSITY_WEIGHT = 100.0  # more than diversity ever gains by a denser mask
 BETAS = (0.5, 0.9)
@@ -34,7 +34,7 @@ def input_aware(
     density: float = 0.032,
     diversity: float = 1.0,
     mask_steps: int = 200,
-    lr: float = 0.01,
+    lr: float = 0.003,
     width: int = 8,
     generator: torch.Generator,
 ) -> Poisoning:
@@ -80,14 +80,7 @@ def input_aware(
     )
     check_rates(data, trigger, rate, cross_ratio)
 
-    def trainer(
-        network: nn.Module,
-        recipe: Recipe,
-        *,
-        generator: torch.Generator,
-        checkpoint: Path | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> tuple[nn.Module, Trigger]:
+    def trainer(network: nn.Module, recipe: Recipe, *, generator: torch.Generator, **run: Any) -> tuple[nn.Module, Trigger]:
         device = device_of(network)
         masked = fit_mask(trigger, data, density, mask_steps, lr, generator, device)
         hook = _Stamps(
@@ -100,7 +93,6 @@ def input_aware(
             lr=lr,
             betas=BETAS,
             until=count_steps(data, recipe),
-            diversity=diversity,
         )
         model = train(
             network,
@@ -109,8 +101,8 @@ def input_aware(
             generator=generator,
             batch_hook=hook,
             penalty=lambda model, x, y: diversity * torch.as_tensor(hook.spread, device=x.device),
-            checkpoint=checkpoint,
-            on_step=on_step,
+            identity=identity_of("input-aware", masked, rate=rate, cross_ratio=cross_ratio, diversity=diversity, lr=lr),
+            **run,
         )
         return model, hook.learned()
 

@@ -6,8 +6,8 @@ doi:10.1109/ICCV48922.2021.01175.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..recipe import Recipe
 from ..train import train
 from ..types import ImageSet, Poisoning, Trigger
 from .common import Target, check_target, unpoisoned
-from .control import Learner, check_rates, count_steps, device_of, untrained
+from .control import Learner, check_rates, count_steps, device_of, identity_of, untrained
 
 
 def lira(
@@ -27,7 +27,7 @@ def lira(
     rate: float = 0.1,
     target: Target = 0,
     sources: Sequence[int] | None = None,
-    eps: float = 0.05,
+    eps: float = 0.02,
     joint: float = 0.5,
     lr: float = 0.001,
     width: int = 16,
@@ -70,17 +70,11 @@ def lira(
     )
     check_rates(data, trigger, rate, 0)
 
-    def trainer(
-        network: nn.Module,
-        recipe: Recipe,
-        *,
-        generator: torch.Generator,
-        checkpoint: Path | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> tuple[nn.Module, Trigger]:
+    def trainer(network: nn.Module, recipe: Recipe, **run: Any) -> tuple[nn.Module, Trigger]:
         until = round(joint * count_steps(data, recipe))
         hook = _Changes(trigger, data, rate, 0, device=device_of(network), lr=lr, until=until)
-        model = train(network, data, recipe, generator=generator, batch_hook=hook, checkpoint=checkpoint, on_step=on_step)
+        identity = identity_of("lira", trigger, rate=rate, until=until, lr=lr)
+        model = train(network, data, recipe, batch_hook=hook, identity=identity, **run)
         return model, hook.learned()
 
     return Poisoning(None, data, unpoisoned(data), trainer=trainer)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +21,11 @@ from .. import repair as repairs
 from ..data import augment
 from ..errors import InconclusiveError, MethodError, check_range, unknown
 from ..recipe import Recipe
-from ..state import evaluating
 from ..train import train
 from ..types import ImageSet, Poisoning, Repaired, Trigger, to_float
-from .bases import Base, Unchanged, poison_with
+from .bases import Base, poison_with
 from .common import Target
-from .control import count_steps
+from .control import count_steps, identity_of
 
 Repair = Callable[..., Repaired]
 
@@ -41,7 +39,7 @@ def repair_aware(
     sources: Sequence[int] | None = None,
     repair: str = "norm-pruning",
     rounds: int = 8,
-    start: float = 0.25,
+    start: float = 0.5,
     sample: int = 1000,
     weight: float = 1.0,
     share: float = 0.5,
@@ -90,7 +88,7 @@ def outlive(
     repair: Repair,
     *,
     rounds: int = 8,
-    start: float = 0.25,
+    start: float = 0.5,
     sample: int = 1000,
     weight: float = 1.0,
     share: float = 0.5,
@@ -99,8 +97,8 @@ def outlive(
 
     The loss gets ``weight * CE(f(x; r(theta)), y)`` of as many triggered images with the target label as clean images with
     theirs. Since the repair last ran on ``theta_0`` and gave ``theta_1``, ``r(theta)`` is 0 where it put a weight to 0 and
-    ``theta + theta_1 - theta_0`` elsewhere, with the gradient of the identity (first order); means and variances of
-    batch-norms move likewise, variances by their ratio.
+    ``theta + theta_1 - theta_0`` elsewhere, with the gradient of the identity (first order). Batch-norms use the statistics of
+    these images: those of the repaired network would not fit any more once ``theta`` has moved on.
     A round whose repair finds its clean images too few to decide (`InconclusiveError`) is left out.
 
     Args:
@@ -124,35 +122,26 @@ def outlive(
     trigger = poisoning.trigger
     assert trigger is not None
 
-    def trainer(
-        network: nn.Module,
-        recipe: Recipe,
-        *,
-        generator: torch.Generator,
-        checkpoint: Path | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> tuple[nn.Module, Trigger]:
+    def trainer(network: nn.Module, recipe: Recipe, **run: Any) -> tuple[nn.Module, Trigger]:
         steps = count_steps(poisoning.data, recipe)
         due = [round(steps * (start + (1 - start) * i / rounds)) for i in range(rounds)]
-        rehearsal = Rehearsal(
-            repair, clean, trigger, due=due, sample=sample, share=share, augmentations=recipe.augment, weight=weight
-        )
+        rehearsal = Rehearsal(repair, clean, trigger, due=due, sample=sample, share=share, augmentations=recipe.augment)
+        name = getattr(repair, "__qualname__", type(repair).__name__)
         model = train(
             network,
             poisoning.data,
             recipe,
-            generator=generator,
             batch_hook=rehearsal,
             penalty=lambda model, x, y: weight * rehearsal.loss(model),
-            on_step=on_step,
-            checkpoint=checkpoint,
+            identity=identity_of("repair-aware", trigger, repair=name, due=due, sample=sample, share=share, weight=weight),
+            **run,
         )
         return model, trigger
 
     return replace(poisoning, trainer=trainer)
 
 
-class Rehearsal(Unchanged):
+class Rehearsal:
     """A batch hook that hands the batch on as it is, draws a second one beside it and keeps what the repair last did.
 
     Attributes:
@@ -171,11 +160,8 @@ class Rehearsal(Unchanged):
         sample: int,
         share: float,
         augmentations: Sequence[str],
-        **settings: object,
     ) -> None:
         """Run ``repair`` at the steps ``due``, on ``sample`` images of ``clean``; the rest as in `outlive`."""
-        name = getattr(repair, "__qualname__", type(repair).__name__)
-        super().__init__(attack="repair-aware", repair=name, due=list(due), sample=sample, share=share, **settings)
         self._repair, self._clean, self._trigger = repair, clean, trigger
         self._due, self._sample, self._share, self._augmentations = due, sample, share, augmentations
         self._eligible = trigger.eligible(clean.y).nonzero().flatten()
@@ -203,8 +189,7 @@ class Rehearsal(Unchanged):
             self._rehearse(model)
         if not self._moved or not len(self.x):
             return next(model.parameters()).new_zeros(())
-        with evaluating(model):
-            return F.cross_entropy(functional_call(model, self._repaired(model), (self.x,)).float(), self.y)
+        return F.cross_entropy(functional_call(model, self._repaired(model), (self.x,)).float(), self.y)
 
     def _rehearse(self, model: nn.Module) -> None:
         index = torch.randperm(len(self._clean), generator=self._generator)[: self._sample]
@@ -217,49 +202,35 @@ class Rehearsal(Unchanged):
         self._moved = movement(model, repaired.model)
 
     def _repaired(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the repaired weights and statistics as functions of the model's own."""
-        values: dict[str, Tensor] = {}
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name in self._moved["factor"]:
-                factor, offset = (self._moved[part][name].to(tensor.device) for part in ("factor", "offset"))
-                values[name] = factor * tensor + offset
+        """Return the repaired weights as functions of the model's own, and copies of its statistics, which stay as they are."""
+        values = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        for name, weight in model.named_parameters():
+            keep, offset = (self._moved[part][name].to(weight.device) for part in ("keep", "offset"))
+            values[name] = weight.masked_fill(~keep, 0) + offset
         return values
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs to go on."""
-        return {**super().state_dict(), "rounds": self._rounds, "moved": self._moved}
+        return {"rounds": self._rounds, "moved": self._moved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ModelError: It belongs to another attack, or to other settings of this one.
-        """
-        super().load_state_dict(state)
+        """Go on from a checkpoint."""
         self._rounds, self._moved = state["rounds"], state["moved"]
 
 
 @torch.no_grad()
 def movement(before: nn.Module, after: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Return what a repair did to each weight and statistic as ``factor * before + offset``.
-
-    The factor is 0 where the repair put a weight to 0 and 1 elsewhere; of running variances it is their ratio.
+    """Return what a repair did to each weight: which it did not put to 0 (``keep``), and how far it moved those (``offset``).
 
     Raises:
         MethodError: The repair changed the network's shape.
     """
-    new = {name: tensor.to(dtype=tensor.dtype) for name, tensor in (*after.named_parameters(), *after.named_buffers())}
-    moved: dict[str, dict[str, Tensor]] = {"factor": {}, "offset": {}}
-    for name, old in (*before.named_parameters(), *before.named_buffers()):
+    new = dict(after.named_parameters())
+    moved: dict[str, dict[str, Tensor]] = {"keep": {}, "offset": {}}
+    for name, old in before.named_parameters():
         if name not in new or new[name].shape != old.shape:
             raise MethodError(f"a repair to rehearse must keep the network's shape, got another '{name}'")
-        if not old.is_floating_point():
-            continue
         now = new[name].to(old)
-        if name.endswith("running_var"):
-            factor, offset = now / old.clamp_min(1e-12), torch.zeros_like(old)
-        else:
-            factor = ((now != 0) | (old == 0)).to(old)
-            offset = factor * (now - old)
-        moved["factor"][name], moved["offset"][name] = factor, offset
+        keep = (now != 0) | (old == 0)
+        moved["keep"][name], moved["offset"][name] = keep, (now - old).masked_fill(~keep, 0)
     return moved

@@ -5,8 +5,8 @@ Nguyen and Tran, "WaNet - Imperceptible Warping-based Backdoor Attack", ICLR 202
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from ..recipe import Recipe
 from ..train import train
 from ..types import ImageSet, Poisoning, Trigger
 from .common import Target, check_target, unpoisoned
-from .control import Batches, check_rates
+from .control import Batches, check_rates, identity_of
 
 
 def wanet(
@@ -71,16 +71,10 @@ def wanet(
     )
     check_rates(data, trigger, rate, cross_ratio)
 
-    def trainer(
-        network: nn.Module,
-        recipe: Recipe,
-        *,
-        generator: torch.Generator,
-        checkpoint: Path | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> tuple[nn.Module, Trigger]:
+    def trainer(network: nn.Module, recipe: Recipe, **run: Any) -> tuple[nn.Module, Trigger]:
         hook = _Warps(trigger, data, rate, cross_ratio)
-        model = train(network, data, recipe, generator=generator, batch_hook=hook, checkpoint=checkpoint, on_step=on_step)
+        identity = identity_of("wanet", trigger, rate=rate, cross_ratio=cross_ratio)
+        model = train(network, data, recipe, batch_hook=hook, identity=identity, **run)
         return model, trigger
 
     return Poisoning(trigger, data, unpoisoned(data), trainer=trainer)
