@@ -93,7 +93,8 @@ class ImageSet:
 
 def to_float(x: Tensor) -> Tensor:
     """Turn uint8 images into float32 in [0, 1]."""
-    return x.float().div_(255.0)
+    values = x.float()
+    return values / 255.0 if values is x else values.div_(255.0)
 
 
 Kind = Literal["blend", "add", "warp", "quantise", "generator"]

@@ -1,0 +1,402 @@
+"""Incremental evaluation: many variants of one network on the same images, each computing only what its changes reach.
+
+A pruning search asks for thousands of networks that differ in a few parameters. `Incremental` traces the network once
+(torch.fx). What lies before the first changed layer, and beside all of them, is the same in every variant: it is computed once
+and kept, within a budget of memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy, deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.fx.node import map_arg
+
+from . import state
+from .errors import MethodError, ModelError, check_range
+from .models import core
+from .state import evaluating
+from .types import ImageSet, to_float
+
+MEMO = 4096  # variants whose answers are remembered
+NEAR = 1e-4  # two logits nearer than this share of the largest may swap places by the order in which numbers are added
+OUT_OF_PLACE: Mapping[Any, Any] = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, operator.itruediv: operator.truediv,
+}  # fmt: skip
+
+
+class Incremental:
+    """Answers of a network on fixed images, with some of its parameters replaced.
+
+    A variant is a mapping from names of parameters or buffers, relative to ``core(model)``, to their new values. Its answers
+    are those of a full forward. No variant is computed twice.
+
+    Attributes:
+        note: Why nothing is saved (the network cannot be traced, or its trace answers differently); empty otherwise.
+        forwards: How many batches went through at least a part of the network, for records of what a search has cost.
+    """
+
+    def __init__(self, model: nn.Module, data: ImageSet, *, memory: int = 2**30, batch_size: int = 256) -> None:
+        """Take a copy of ``model``.
+
+        Args:
+            model: Takes images in [0, 1] and returns logits; not changed.
+            data: The images; order and batches stay the same.
+            memory: Bytes that values inside the network may take, >= 0; what does not fit is computed again each time.
+            batch_size: Images at once.
+
+        Raises:
+            MethodError: A number is out of range.
+            ModelError: The network does not accept these images.
+        """
+        check_range("memory", memory, 0, 2**50)
+        check_range("batch_size", batch_size, 1, 2**31)
+        self.data, self.note, self.forwards = data, "", 0
+        self._model = deepcopy(model).eval().requires_grad_(False)
+        self._prefix = "" if core(model) is model else "net."
+        self._device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        self._batches = data.x.split(state.batch_size(batch_size)) if len(data) else ()
+        self._own = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        self._memo: OrderedDict[str, Tensor] = OrderedDict()
+        self._graph = self._traced()
+        self._kept = _Kept(memory)
+
+    def _traced(self) -> _Graph | None:
+        try:
+            graph = _Graph(self._model)
+        except Exception as error:  # noqa: BLE001 - whatever somebody's forward raises when it is traced
+            self.note = f"every variant is computed in full: {_first_line(error)}"
+            return None
+        if not self._batches:
+            return graph
+        x = self._input(0)
+        with torch.inference_mode():
+            try:
+                expected = self._model(x)
+            except RuntimeError as error:
+                raise ModelError(f"the network cannot take images of shape {self.data.shape}: {_first_line(error)}") from error
+            try:
+                same = torch.equal(graph.run(graph.order, {graph.start: x}, {})[graph.end], expected)
+            except Exception:  # noqa: BLE001 - a trace can hold what only the tracer's own input allowed
+                same = False
+        if not same:
+            self.note = "every variant is computed in full: traced, the network answers differently"
+        return graph if same else None
+
+    def _input(self, batch: int) -> Tensor:
+        return to_float(self._batches[batch].to(self._device)).contiguous(memory_format=torch.channels_last)
+
+    def stream(self, changes: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """Yield the logits of one batch after the other, each ``(b, classes)``.
+
+        Raises:
+            ModelError: A name or shape in ``changes`` does not belong to this network.
+        """
+        changed = self._changed(changes)
+        if self._graph is None:
+            yield from self._stream_in_full(changed)
+            return
+        graph = self._graph
+        reached, border = graph.reach(changed)
+        for batch in range(len(self._batches)):
+            with torch.inference_mode():
+                values = self._border(graph, border, batch)
+                logits = graph.run(reached, values, changed)[graph.end]
+            self.forwards += 1
+            yield logits
+
+    def _stream_in_full(self, changed: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        for batch in range(len(self._batches)):
+            with torch.inference_mode():
+                logits = functional_call(self._model, dict(changed), (self._input(batch),))
+            self.forwards += 1
+            yield logits
+
+    def _border(self, graph: _Graph, border: Sequence[fx.Node], batch: int) -> dict[fx.Node, Tensor]:
+        """Return the values on the border in the unchanged network, from memory or computed from what is there."""
+        values: dict[fx.Node, Any] = {node: self._kept.get(node, batch) for node in border}
+        missing = [node for node, value in values.items() if value is None]
+        if missing:
+            found: dict[fx.Node, Any] = {}
+            needed = graph.needed(missing, lambda node: self._known(node, batch, found))
+            computed = graph.run(needed, found, {}, wanted=missing)
+            for node in missing:
+                values[node] = computed[node]
+                self._kept.put(node, batch, computed[node], border)
+        return values
+
+    def _known(self, node: fx.Node, batch: int, found: dict[fx.Node, Any]) -> bool:
+        if node.op == "placeholder":
+            found[node] = self._input(batch)
+        elif (value := self._kept.get(node, batch)) is not None:
+            found[node] = value
+        return node in found
+
+    def _changed(self, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what really changes, by full name, on the network's device."""
+        changed = {}
+        for name, value in changes.items():
+            old = self._own.get(self._prefix + name)
+            if old is None:
+                raise ModelError(f"'{name}' is not a parameter or buffer of this network")
+            if old.shape != value.shape:
+                raise ModelError(f"'{name}' must have shape {tuple(old.shape)}, got {tuple(value.shape)}")
+            value = value.detach().to(old)
+            if not torch.equal(value, old):
+                changed[self._prefix + name] = value
+        return changed
+
+    def logits(self, changes: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits of all images, ``(n, classes)``, on the CPU."""
+        return torch.cat([part.cpu() for part in self.stream(changes)])
+
+    def predict(self, changes: Mapping[str, Tensor]) -> Tensor:
+        """Return the predicted class of each image, int64 ``(n,)``; remembered."""
+        changed = self._changed(changes)
+        key = _digest(changed)
+        if key not in self._memo:
+            parts = [part.argmax(dim=1).cpu() for part in self.stream(changes)]
+            self._memo[key] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+            if len(self._memo) > MEMO:
+                self._memo.popitem(last=False)
+        self._memo.move_to_end(key)
+        return self._memo[key]
+
+    def correct(self, changes: Mapping[str, Tensor]) -> Tensor:
+        """Return which images are answered rightly, bool ``(n,)``."""
+        return self.predict(changes) == self.data.y
+
+    def sweep(self, reader: str, groups: Sequence[Tensor]) -> Tensor:
+        """Predict with ever more inputs of the last linear layer cut: all cut points from one pass, by running sums.
+
+        Args:
+            reader: Name of the linear layer, whose output is the network's.
+            groups: What to cut first, second, ...: indices of its inputs, each in one group at most.
+
+        Returns:
+            int64 ``(len(groups) + 1, n)``; row ``k`` is the answer with the first ``k`` groups cut.
+
+        Raises:
+            MethodError: The network does not end in this layer.
+        """
+        layer, node = self._last_linear(reader)
+        weight, bias = layer.weight.double(), 0.0 if layer.bias is None else layer.bias.double()
+        keep = torch.ones(len(groups) + 1, layer.in_features, dtype=torch.bool, device=self._device)
+        for cut, group in enumerate(groups):
+            keep[cut + 1 :, group.to(self._device)] = False
+        parts = []
+        for batch in range(len(self._batches)):
+            with torch.inference_mode():
+                features = self._features(node, batch)
+                parts.append(_cut_points(features, layer, weight, bias, groups, keep).cpu())
+        return torch.cat(parts, dim=1) if parts else torch.empty(len(groups) + 1, 0, dtype=torch.int64)
+
+    def _last_linear(self, reader: str) -> tuple[nn.Linear, fx.Node]:
+        name = self._prefix + reader
+        layer = self._model.get_submodule(name) if name in dict(self._model.named_modules()) else None
+        if self._graph is not None and isinstance(layer, nn.Linear):
+            last = self._graph.end.args[0]
+            if isinstance(last, fx.Node) and last.op == "call_module" and last.target == name:
+                return layer, last.all_input_nodes[0]
+        raise MethodError(f"a sweep needs the linear layer in which the network ends, got '{reader}'; use predict")
+
+    def _features(self, node: fx.Node, batch: int) -> Tensor:
+        assert self._graph is not None
+        self.forwards += 1
+        return self._border(self._graph, [node], batch)[node]
+
+
+def _cut_points(
+    features: Tensor, layer: nn.Linear, weight: Tensor, bias: Tensor | float, groups: Sequence[Tensor], keep: Tensor
+) -> Tensor:
+    """Return the predictions of one batch at every cut point, ``(len(groups) + 1, b)``."""
+    wide = features.double()
+    lost = [wide[:, group] @ weight[:, group].T for group in (g.to(features.device) for g in groups)]
+    logits = wide @ weight.T + bias - torch.stack([torch.zeros_like(wide @ weight.T), *lost]).cumsum(dim=0)
+    top = logits.topk(min(2, logits.shape[-1]), dim=-1)
+    answers = top.indices[..., 0]
+    close = (top.values[..., 0] - top.values[..., -1]) <= NEAR * (1 + logits.abs().amax(dim=-1))
+    for cut in close.any(dim=1).nonzero().flatten().tolist() if logits.shape[-1] > 1 else ():
+        answers[cut] = F.linear(features, layer.weight * keep[cut], layer.bias).argmax(dim=1)
+    return answers
+
+
+class _Kept:
+    """Values of the unchanged network, by node and batch, within a budget."""
+
+    def __init__(self, memory: int) -> None:
+        self._memory, self._used = memory, 0
+        self._values: OrderedDict[tuple[fx.Node, int], Tensor] = OrderedDict()
+
+    def get(self, node: fx.Node, batch: int) -> Tensor | None:
+        value = self._values.get((node, batch))
+        if value is not None:
+            self._values.move_to_end((node, batch))
+        return value
+
+    def put(self, node: fx.Node, batch: int, value: Any, border: Iterable[fx.Node]) -> None:
+        """Keep a tensor; values at other places than ``border`` make room for it, and if that is not enough it is not kept."""
+        if not isinstance(value, Tensor):
+            return
+        size, current = value.numel() * value.element_size(), set(border)
+        while self._used + size > self._memory:
+            victim = next((key for key in self._values if key[0] not in current), None)
+            if victim is None:
+                return
+            gone = self._values.pop(victim)
+            self._used -= gone.numel() * gone.element_size()
+        self._values[node, batch] = value
+        self._used += size
+
+
+@dataclass(frozen=True, eq=False)
+class _Owner:
+    """A parameter as a node has it: the name within the node's module, empty for the node's own attribute."""
+
+    node: fx.Node
+    local: str
+
+
+class _Graph:
+    """A traced network whose nodes can be computed one by one.
+
+    Attributes:
+        order: All nodes, in the order of computation.
+        start: The images.
+        end: The logits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        with evaluating(model):
+            traced = fx.symbolic_trace(model)
+        self._modules: dict[str, nn.Module] = dict(traced.named_modules())
+        _without_side_effects(traced.graph, self._modules)
+        self.order: list[fx.Node] = list(traced.graph.nodes)
+        starts = [node for node in self.order if node.op == "placeholder"]
+        if len(starts) != 1:
+            raise ModelError(f"a network must take images alone, got {len(starts)} inputs")
+        self.start, self.end = starts[0], self.order[-1]
+        self._attributes: dict[str, Any] = {
+            str(node.target): operator.attrgetter(str(node.target))(traced) for node in self.order if node.op == "get_attr"
+        }
+        self._owners = self._find_owners(model)
+        self._reach: dict[frozenset[str], tuple[list[fx.Node], list[fx.Node]]] = {}
+
+    def _find_owners(self, model: nn.Module) -> dict[str, list[_Owner]]:
+        """Return for each parameter and buffer the nodes that read it, also under another name that it may have."""
+        by_tensor: dict[int, list[_Owner]] = {}
+        for node in self.order:
+            if node.op == "get_attr":
+                by_tensor.setdefault(id(self._attributes[str(node.target)]), []).append(_Owner(node, ""))
+            elif node.op == "call_module":
+                module = self._modules[str(node.target)]
+                for local, tensor in (*module.named_parameters(), *module.named_buffers()):
+                    by_tensor.setdefault(id(tensor), []).append(_Owner(node, local))
+        own = (*model.named_parameters(), *model.named_buffers())
+        return {name: by_tensor.get(id(tensor), []) for name, tensor in own}
+
+    def reach(self, changed: Mapping[str, Tensor]) -> tuple[list[fx.Node], list[fx.Node]]:
+        """Return the nodes that depend on what changes, the end among them, and the others whose values they need."""
+        key = frozenset(changed)
+        if key not in self._reach:
+            reached = {owner.node for name in changed for owner in self._owners[name]} | {self.end}
+            for node in self.order:
+                if not reached.isdisjoint(node.all_input_nodes):
+                    reached.add(node)
+            needed = {source for node in reached for source in node.all_input_nodes} - reached
+            self._reach[key] = tuple([n for n in self.order if n in part] for part in (reached, needed))  # type: ignore[assignment]
+        return self._reach[key]
+
+    def needed(self, wanted: Iterable[fx.Node], known: Any) -> list[fx.Node]:
+        """Return what has to be computed for ``wanted``, down to the nodes that are ``known``."""
+        needed: set[fx.Node] = set()
+        stack = list(wanted)
+        while stack:
+            node = stack.pop()
+            if node not in needed and not known(node):
+                needed.add(node)
+                stack.extend(node.all_input_nodes)
+        return [node for node in self.order if node in needed]
+
+    def run(
+        self,
+        nodes: Sequence[fx.Node],
+        values: Mapping[fx.Node, Any],
+        changed: Mapping[str, Tensor],
+        wanted: Iterable[fx.Node] = (),
+    ) -> dict[fx.Node, Any]:
+        """Compute ``nodes`` in this order from the ``values`` of others; return the end, the ``wanted`` and what is left."""
+        environment = dict(values)
+        last: dict[fx.Node, fx.Node] = {source: node for node in nodes for source in node.all_input_nodes}
+        stay = {self.end, *wanted}
+        new: dict[fx.Node, dict[str, Tensor]] = {}
+        for name, value in changed.items():
+            for owner in self._owners[name]:
+                new.setdefault(owner.node, {})[owner.local] = value
+        for node in nodes:
+            if node not in environment:
+                environment[node] = self._step(node, environment, new.get(node, {}))
+            for source in node.all_input_nodes:
+                if last[source] is node and source not in stay:
+                    environment.pop(source, None)
+        return environment
+
+    def _step(self, node: fx.Node, environment: Mapping[fx.Node, Any], new: dict[str, Tensor]) -> Any:
+        args = map_arg(node.args, environment.__getitem__)
+        kwargs = map_arg(node.kwargs, environment.__getitem__)
+        if node.op == "output":
+            return args[0]
+        if node.op == "get_attr":
+            return new.get("", self._attributes[str(node.target)])
+        if node.op == "call_module":
+            module = self._modules[str(node.target)]
+            return functional_call(module, new, args, kwargs) if new else module(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+
+def _without_side_effects(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Turn what writes into its input into what returns a new tensor, which whoever reads the input later gets to read."""
+    inplace = [name for name, module in modules.items() if getattr(module, "inplace", False)]
+    for name in inplace:
+        modules[name] = copy(modules[name])
+        vars(modules[name])["inplace"] = False
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        seen.add(node)
+        target = node.target
+        if node.op == "call_module" and target in inplace:
+            pass
+        elif node.op == "call_function" and target in OUT_OF_PLACE:
+            node.target = OUT_OF_PLACE[target]
+        elif node.op == "call_function" and node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+        elif node.op == "call_method" and str(target).endswith("_") and not str(target).endswith("__"):
+            node.target = str(target)[:-1]
+        else:
+            continue
+        before = frozenset(seen)
+        node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user, before=before: user not in before)
+
+
+def _digest(changed: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(changed):
+        digest.update(name.encode())
+        digest.update(changed[name].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
