@@ -72,6 +72,24 @@ TABLE: tuple[Method, ...] = (
         access="images", visibility="visible",
     ),
     Method(
+        "backdoor", "label-consistent", "secateur.poison.label_consistent:label_consistent", 1, "arXiv:1912.02771",
+        {"rate": 0.6, "surrogate_images": 64, "surrogate_epochs": 1}, access="images", visibility="visible",
+    ),
+    Method(
+        "backdoor", "low-frequency", "secateur.poison.low_frequency:low_frequency", 1, "ICCV 2021, arXiv:2104.03413",
+        {"rate": 0.2, "steps": 5, "surrogate_images": 64, "surrogate_epochs": 1},
+        access="images and labels", visibility="faint",
+    ),
+    Method(
+        "backdoor", "ssba", "secateur.poison.ssba:ssba", 1, "ICCV 2021, arXiv:2012.03816", {"rate": 0.2},
+        access="images and labels", visibility="faint",
+    ),
+    Method(
+        "backdoor", "trojannn", "secateur.poison.trojannn:trojannn", 1, "NDSS 2018, doi:10.14722/ndss.2018.23291",
+        {"rate": 0.2, "steps": 5, "surrogate_images": 64, "surrogate_epochs": 1},
+        access="images and labels", visibility="visible",
+    ),
+    Method(
         "backdoor", "bpp", "secateur.poison.bpp:bpp", 1, "arXiv:2205.13383", {"rate": 0.2},
         access="images and labels", visibility="visible",
     ),

@@ -5,8 +5,12 @@ from .badnets import badnets
 from .blended import blended
 from .bpp import bpp
 from .input_aware import input_aware
+from .label_consistent import label_consistent
 from .lira import lira
+from .low_frequency import low_frequency
 from .sig import sig
+from .ssba import ssba
+from .trojannn import trojannn
 from .victim import train_victim
 from .wanet import wanet
 
@@ -17,8 +21,12 @@ __all__ = [
     "blended",
     "bpp",
     "input_aware",
+    "label_consistent",
     "lira",
+    "low_frequency",
     "sig",
+    "ssba",
     "train_victim",
+    "trojannn",
     "wanet",
 ]
