@@ -45,7 +45,7 @@ class Incremental:
         forwards: How many batches went through at least a part of the network, for records of what a search has cost.
     """
 
-    def __init__(self, model: nn.Module, data: ImageSet, *, memory: int = 2**30, batch_size: int = 256) -> None:
+    def __init__(self, model: nn.Module, data: ImageSet, *, memory: int = 2**30, batch_size: int = 512) -> None:
         """Take a copy of ``model``.
 
         Args:

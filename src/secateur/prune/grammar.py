@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from ..errors import InconclusiveError, MethodError, check_range
+from ..forward import Incremental
 from ..measure import correct, paired_p, wilson
 from ..models.channels import trace_channels
 from ..train import OnStep, Recipe, train
 from ..types import Candidate, Granularity, HardMask, ImageSet, Repaired, Scores
 from .layers import choose_layers, layer_of_site
-from .mask import Edit, apply_mask, collapsed, parameter_masks, removed
+from .mask import Edit, apply_mask, collapsed, masked_values, parameter_masks, removed
 from .select import Amount, Fraction, Order, Ranking, Scope, Until, rank, restrict
 
 SIGNIFICANCE = 0.05
@@ -127,12 +128,13 @@ def cut_until(
         MethodError: ``drop`` or ``step`` is out of range.
     """
     check_range("drop", until.drop, 0, 1)
-    before = correct(model, clean)
+    evaluator = Incremental(model, clean)
+    before = evaluator.correct({})
     chosen = ranking.cut(Fraction(0))
     path = [Candidate(0.0, 0, chosen, wilson(int(before.sum()), len(clean)))]
     for share in _shares(until.step):
         mask = ranking.cut(Fraction(share))
-        after = correct(apply_mask(model, mask, edit=edit), clean)
+        after = evaluator.correct(masked_values(model, mask, edit=edit))
         path.append(Candidate(share, sum(removed(mask).values()), mask, wilson(int(after.sum()), len(clean))))
         lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
         if lost - gained > until.drop * len(clean) + 1e-9:

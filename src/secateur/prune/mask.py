@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Literal
 
@@ -59,31 +59,40 @@ def _check(name: str, parameter: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ModelError(f"the mask of '{name}' must have shape {tuple(parameter.shape)}, got {shape}")
 
 
-def apply_mask(model: nn.Module, mask: Mask, *, edit: Edit = "weight+bias") -> nn.Module:
-    """Return a copy of ``model`` with what the mask cuts set to 0 (or scaled, for a `SoftMask`)."""
-    copy = deepcopy(model)
-    parameters = dict(core(copy).named_parameters())
-    with torch.no_grad():
-        if isinstance(mask, SoftMask):
-            for name, factor in mask.scale.items():
-                _scale(parameters, name, factor)
-            return copy
-        for name, keep in parameter_masks(model, mask, edit=edit).items():
-            parameters[name].masked_fill_(~keep.to(parameters[name].device), 0)
-    return copy
+def masked_values(model: nn.Module, mask: Mask, *, edit: Edit = "weight+bias") -> dict[str, Tensor]:
+    """Return the new values of the parameters that a mask sets to 0 in part (or scales, for a `SoftMask`), by name.
+
+    Raises:
+        ModelError: A name or shape does not belong to this network.
+    """
+    parameters = {name: parameter.detach() for name, parameter in core(model).named_parameters()}
+    if isinstance(mask, SoftMask):
+        return {key: value for name, factor in mask.scale.items() for key, value in _scaled(parameters, name, factor)}
+    keeps = parameter_masks(model, mask, edit=edit)
+    return {name: parameters[name].masked_fill(~keep.to(parameters[name].device), 0) for name, keep in keeps.items()}
 
 
-def _scale(parameters: Mapping[str, Tensor], name: str, factor: Tensor) -> None:
+def _scaled(parameters: Mapping[str, Tensor], name: str, factor: Tensor) -> Iterator[tuple[str, Tensor]]:
     if name in parameters:
         _check(name, parameters[name], tuple(factor.shape))
-        parameters[name].mul_(factor.to(parameters[name]))
+        yield name, parameters[name] * factor.to(parameters[name])
         return
     weight = parameters.get(f"{name}.weight")
     _check(f"{name}.weight", weight, (len(factor), *(weight.shape[1:] if weight is not None else ())))
     for key in (f"{name}.weight", f"{name}.bias"):
         if key in parameters:
             parameter = parameters[key]
-            parameter.mul_(factor.to(parameter).reshape(-1, *[1] * (parameter.ndim - 1)))
+            yield key, parameter * factor.to(parameter).reshape(-1, *[1] * (parameter.ndim - 1))
+
+
+def apply_mask(model: nn.Module, mask: Mask, *, edit: Edit = "weight+bias") -> nn.Module:
+    """Return a copy of ``model`` with what the mask cuts set to 0 (or scaled, for a `SoftMask`)."""
+    copy = deepcopy(model)
+    parameters = dict(core(copy).named_parameters())
+    with torch.no_grad():
+        for name, value in masked_values(model, mask, edit=edit).items():
+            parameters[name].copy_(value)
+    return copy
 
 
 def removed(mask: HardMask) -> dict[str, int]:
