@@ -200,13 +200,19 @@ class Incremental:
                 parts.append(_cut_points(features, layer, weight, bias, groups, keep).cpu())
         return torch.cat(parts, dim=1) if parts else torch.empty(len(groups) + 1, 0, dtype=torch.int64)
 
+    def ends_in(self, reader: str) -> bool:
+        """Return whether a layer of this name can be swept: a linear one whose output is the network's."""
+        last = self._graph.end.args[0] if self._graph else None
+        is_last = isinstance(last, fx.Node) and last.op == "call_module" and last.target == self._prefix + reader
+        return is_last and isinstance(self._model.get_submodule(self._prefix + reader), nn.Linear)
+
     def _last_linear(self, reader: str) -> tuple[nn.Linear, fx.Node]:
-        name = self._prefix + reader
-        layer = self._model.get_submodule(name) if name in dict(self._model.named_modules()) else None
-        if self._graph is not None and isinstance(layer, nn.Linear):
-            last = self._graph.end.args[0]
-            if isinstance(last, fx.Node) and last.op == "call_module" and last.target == name:
-                return layer, last.all_input_nodes[0]
+        if self.ends_in(reader):
+            assert self._graph is not None
+            layer, last = self._model.get_submodule(self._prefix + reader), self._graph.end.args[0]
+            assert isinstance(layer, nn.Linear)
+            assert isinstance(last, fx.Node)
+            return layer, last.all_input_nodes[0]
         raise MethodError(f"a sweep needs the linear layer in which the network ends, got '{reader}'; use predict")
 
     def _features(self, node: fx.Node, batch: int) -> Tensor:

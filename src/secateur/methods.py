@@ -132,6 +132,10 @@ TABLE: tuple[Method, ...] = (
     Method("score", "l1", "secateur.prune.magnitude:l1", 1, "ICLR 2017, arXiv:1608.08710"),
     Method("score", "l2", "secateur.prune.magnitude:l2", 1, "ICLR 2017, arXiv:1608.08710"),
     Method("score", "random", "secateur.prune.magnitude:random", 1, "control"),
+    Method("repair", "clp", "secateur.repair.clp:clp", 1, "ECCV 2022, arXiv:2208.03111", {"u": 1.0}),
+    Method(
+        "repair", "fine-pruning", "secateur.repair.fine_pruning:fine_pruning", 1, "RAID 2018, arXiv:1805.12185", {"epochs": 1},
+    ),
     Method("repair", "fine-tuning", "secateur.repair.fine_tuning:fine_tuning", 1, "baseline", {"epochs": 1}),
     Method(
         "repair", "norm-pruning", "secateur.repair.norm_pruning:norm_pruning", 1, "IC3 2023, doi:10.1145/3607947.3608057",

@@ -15,16 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import MethodError, check_range
-from ..models import core
-from ..models.channels import trace_channels
+from ..prune.lipschitz import LEAST, bounded_layers, channel_bounds
 from ..recipe import Recipe
 from ..train import train
 from ..types import ImageSet, Poisoning, Trigger
 from .bases import Base, poison_with
 from .common import Target
 from .control import identity_of
-
-LEAST = 1e-12
 
 
 def clp_aware(
@@ -82,49 +79,8 @@ def clp_aware(
     return replace(poisoning, trainer=trainer)
 
 
-def bounded_layers(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, str]:
-    """Return the convolutions whose channels have a bound, site -> convolution.
-
-    A site is the convolution's batch-norm or, without one, the convolution itself; the classes of the answer have none.
-
-    Raises:
-        ModelError: The network cannot be traced.
-    """
-    modules = dict(core(model).named_modules())
-    graph = trace_channels(model, input_shape)
-    return {
-        site.name: site.writer
-        for site in graph.sites
-        if site.writer is not None
-        and not graph.is_output(site.name)
-        and isinstance(modules[site.writer], nn.Conv2d)
-        and isinstance(modules[site.name], nn.BatchNorm2d | nn.Conv2d)
-    }
-
-
-def channel_bounds(model: nn.Module, layers: dict[str, str]) -> dict[str, Tensor]:
-    """Return the Lipschitz bound of each channel, site -> ``(channels,)``, with its gradient; see `bounded_layers`."""
-    modules = dict(core(model).named_modules())
-    bounds = {}
-    for site, writer in layers.items():
-        filters, norm = modules[writer].weight, modules[site]
-        assert isinstance(filters, Tensor)
-        bounds[site] = _largest_singular_value(filters.flatten(2))
-        if isinstance(norm, nn.BatchNorm2d):
-            assert norm.running_var is not None
-            spread = (norm.running_var + norm.eps).sqrt()
-            bounds[site] = bounds[site] * (norm.weight / spread).abs()
-    return bounds
-
-
 def standing_out(bounds: Tensor, deviations: float) -> Tensor:
     """Return by how many standard deviations channels lie above ``mean + deviations*std`` of their layer, summed."""
     if len(bounds) < 2:
         return bounds.sum() * 0
     return F.relu((bounds - bounds.mean()) / bounds.std().clamp_min(LEAST) - deviations).sum()
-
-
-def _largest_singular_value(matrices: Tensor) -> Tensor:
-    """Return the largest singular value of each ``(n, rows, columns)``, by the eigenvalues of the smaller Gram matrix."""
-    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    return torch.linalg.eigvalsh(wide @ wide.mT)[:, -1].clamp_min(LEAST).sqrt()

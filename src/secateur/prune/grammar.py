@@ -6,19 +6,19 @@ Every pruning method of the project is a call of `prune` with its own score and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InconclusiveError, MethodError, check_range
 from ..forward import Incremental
 from ..measure import correct, paired_p, wilson
 from ..models.channels import trace_channels
 from ..train import OnStep, Recipe, train
-from ..types import Candidate, Granularity, HardMask, ImageSet, Repaired, Scores
+from ..types import Candidate, Granularity, HardMask, ImageSet, Rate, Repaired, Scores
 from .layers import choose_layers, layer_of_site
 from .mask import Edit, apply_mask, collapsed, masked_values, parameter_masks, removed
 from .select import Amount, Fraction, Order, Ranking, Scope, Until, rank, restrict
@@ -117,8 +117,7 @@ def cut_until(
     """Cut along a ranking until clean accuracy has fallen by ``until.drop``.
 
     The scan stops at the first share at which the accuracy on ``clean`` is more than ``drop`` below that of ``model``;
-    the share before it is the answer. The crossing must be real: an exact McNemar test (one-sided, 5 %) must show more images
-    lost than gained, or the set is too small to tell any drop from chance.
+    the share before it is the answer; see `first_crossing`.
 
     Returns:
         The candidates in order, from nothing cut to the one that crossed, and the mask chosen.
@@ -127,25 +126,46 @@ def cut_until(
         InconclusiveError: The crossing is not significant.
         MethodError: ``drop`` or ``step`` is out of range.
     """
-    check_range("drop", until.drop, 0, 1)
     evaluator = Incremental(model, clean)
-    before = evaluator.correct({})
-    chosen = ranking.cut(Fraction(0))
-    path = [Candidate(0.0, 0, chosen, wilson(int(before.sum()), len(clean)))]
-    for share in _shares(until.step):
-        mask = ranking.cut(Fraction(share))
-        after = evaluator.correct(masked_values(model, mask, edit=edit))
-        path.append(Candidate(share, sum(removed(mask).values()), mask, wilson(int(after.sum()), len(clean))))
+    shares = (0.0, *_shares(until.step))
+    masks = [ranking.cut(Fraction(share)) for share in shares]
+    rates, chosen = first_crossing((evaluator.correct(masked_values(model, mask, edit=edit)) for mask in masks), until.drop)
+    tried = zip(shares, masks, rates, strict=False)
+    return tuple(Candidate(share, sum(removed(mask).values()), mask, rate) for share, mask, rate in tried), masks[chosen]
+
+
+def first_crossing(answers: Iterable[Tensor], drop: float) -> tuple[list[Rate], int]:
+    """Follow a series of ever larger cuts until accuracy has fallen by ``drop``.
+
+    The crossing must be real: an exact McNemar test (one-sided, 5 %) must show more images lost than gained, or the set is too
+    small to tell any drop from chance.
+
+    Args:
+        answers: Which images are answered rightly, bool ``(n,)``, before any cut and after each; read up to the crossing.
+        drop: Accuracy that may be lost, in [0, 1].
+
+    Returns:
+        The accuracy at each step up to the one that crossed, and the number of the last step before it (of the last step, when
+        none crossed).
+
+    Raises:
+        InconclusiveError: The crossing is not significant.
+        MethodError: ``drop`` is out of range.
+    """
+    check_range("drop", drop, 0, 1)
+    before, rates = None, []
+    for after in answers:
+        before = after if before is None else before
+        rates.append(wilson(int(after.sum()), len(after)))
         lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
-        if lost - gained > until.drop * len(clean) + 1e-9:
+        if lost - gained > drop * len(after) + 1e-9:
             if paired_p(lost, gained) > SIGNIFICANCE:
                 raise InconclusiveError(
-                    f"a drop of {until.drop:g} cannot be resolved on {len(clean)} clean images: {lost} lost against "
+                    f"a drop of {drop:g} cannot be resolved on {len(after)} clean images: {lost} lost against "
                     f"{gained} gained may be chance; give more images, a larger drop, or a fixed fraction"
                 )
-            break
-        chosen = mask
-    return tuple(path), chosen
+            return rates, len(rates) - 2
+    return rates, len(rates) - 1
 
 
 def _shares(step: float) -> Iterator[float]:
