@@ -261,6 +261,15 @@ def test_poison_and_preview_together(files, capsys, said):
     assert "badnets" not in said
 
 
+def test_overwriting_a_victim_takes_its_trigger_away(files):
+    train = ["train", "test.npz", "--arch", "convnet", "--set", "width=4", "--set", "epochs=1", "-o", "victim2", "-q"]
+    assert run([*train, "--backdoor", "badnets"]) == 0
+    assert (files / "victim2" / "trigger" / "trigger.json").exists()
+    assert run([*train, "--overwrite"]) == 0
+    assert not (files / "victim2" / "trigger" / "trigger.json").exists()
+    assert (files / "victim2" / "result.json").exists()
+
+
 CONTROLS = """
 from secateur.errors import MethodError
 from secateur.poison import badnets

@@ -12,7 +12,7 @@ from secateur.measure import evaluate
 from secateur.models import load_bundle, save
 from secateur.report import render, to_json
 from secateur.train import Recipe
-from secateur.types import Repaired
+from secateur.types import ImageSet, Repaired
 
 QUICK = {"fraction": 0.3, "epochs": 2, "lr": 0.02}
 
@@ -128,3 +128,18 @@ def test_training_a_victim_records_itself(images, bars, schema):
     assert abs(float(model.mean[0]) - float(images.x.float().mean() / 255)) < 1e-6
     again = runs.train(images, arch="convnet", kwargs={"width": 4}, recipe=recipe, test=bars(60, 9), seed=1).model
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("backdoor", "chosen"), [("badnets", {"target": 1}), ("lira", {"target": 0, "sources": [1], "width": 2})]
+)
+def test_what_cannot_be_measured_is_told_before_the_training(backdoor, chosen, images, bars, monkeypatch):
+    monkeypatch.setattr(runs, "train_victim", lambda *given, **more: pytest.fail("it trained"))
+    test = bars(60, 9)
+    settings = {"arch": "convnet", "kwargs": {"width": 4}, "recipe": Recipe(epochs=1), "backdoor": backdoor}
+    middle = test.subset(test.y == (1 if backdoor == "badnets" else 2))
+    with pytest.raises(InconclusiveError, match=r"^no test image is of a class that the attacker wants to move"):
+        runs.train(images, test=middle, backdoor_settings=chosen, **settings)
+    padded = ImageSet(torch.nn.functional.pad(test.x, (2, 2, 2, 2)), test.y, test.classes)
+    with pytest.raises(ModelError, match=r"^the network takes images of shape \(1, 12, 12\), got \(1, 16, 16\)"):
+        runs.train(images, test=padded, backdoor_settings=chosen, **settings)

@@ -27,7 +27,6 @@ from .models import core
 from .state import evaluating
 from .types import ImageSet, to_float
 
-MEMO = 4096  # variants whose answers are remembered
 NEAR = 1e-4  # two logits nearer than this share of the largest may swap places by the order in which numbers are added
 OUT_OF_PLACE: Mapping[Any, Any] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, operator.itruediv: operator.truediv,
@@ -51,7 +50,8 @@ class Incremental:
         Args:
             model: Takes images in [0, 1] and returns logits; not changed.
             data: The images; order and batches stay the same.
-            memory: Bytes that values inside the network may take, >= 0; what does not fit is computed again each time.
+            memory: Bytes that values inside the network may take, and answers as many again, >= 0; what does not fit is
+                computed again each time.
             batch_size: Images at once.
 
         Raises:
@@ -65,7 +65,9 @@ class Incremental:
         self._prefix = "" if core(model) is model else "net."
         self._device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
         self._batches = data.x.split(state.batch_size(batch_size)) if len(data) else ()
-        self._own = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        own = self._model.named_parameters(remove_duplicate=False), self._model.named_buffers(remove_duplicate=False)
+        self._own: dict[str, Tensor] = {**dict(own[0]), **dict(own[1])}
+        self._memory = memory
         self._memo: OrderedDict[str, Tensor] = OrderedDict()
         self._graph = self._traced()
         self._kept = _Kept(memory)
@@ -80,20 +82,25 @@ class Incremental:
             return graph
         x = self._input(0)
         with torch.inference_mode():
+            expected = self._whole({}, x)
+        with torch.no_grad():  # which counts writes, as inference mode does not
             try:
-                expected = self._model(x)
-            except RuntimeError as error:
-                raise ModelError(f"the network cannot take images of shape {self.data.shape}: {_first_line(error)}") from error
-            try:
-                same = torch.equal(graph.run(graph.order, {graph.start: x}, {})[graph.end], expected)
-            except Exception:  # noqa: BLE001 - a trace can hold what only the tracer's own input allowed
-                same = False
+                same = torch.equal(graph.run(graph.order, {graph.start: x}, {}, guard=True)[graph.end], expected)
+            except Exception as error:  # noqa: BLE001 - a trace can hold what only the tracer's own input allowed
+                self.note = f"every variant is computed in full: {_first_line(error)}"
+                return None
         if not same:
             self.note = "every variant is computed in full: traced, the network answers differently"
         return graph if same else None
 
+    def _whole(self, changed: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        try:
+            return check_logits(functional_call(self._model, dict(changed), (x,)), len(x), len(self.data.classes))
+        except RuntimeError as error:
+            raise ModelError(f"the network cannot take images of shape {self.data.shape}: {_first_line(error)}") from error
+
     def _input(self, batch: int) -> Tensor:
-        return to_float(self._batches[batch].to(self._device)).contiguous(memory_format=torch.channels_last)
+        return to_float(self._batches[batch]).to(self._device).contiguous(memory_format=torch.channels_last)
 
     def stream(self, changes: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """Yield the logits of one batch after the other, each ``(b, classes)``.
@@ -101,25 +108,20 @@ class Incremental:
         Raises:
             ModelError: A name or shape in ``changes`` does not belong to this network.
         """
-        changed = self._changed(changes)
-        if self._graph is None:
-            yield from self._stream_in_full(changed)
-            return
-        graph = self._graph
-        reached, border = graph.reach(changed)
+        yield from self._stream(self._changed(changes))
+
+    def _stream(self, changed: Mapping[str, Tensor]) -> Iterator[Tensor]:
         for batch in range(len(self._batches)):
             with torch.inference_mode():
-                values = self._border(graph, border, batch)
-                logits = graph.run(reached, values, changed)[graph.end]
+                logits = self._logits(changed, batch)
             self.forwards += 1
             yield logits
 
-    def _stream_in_full(self, changed: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        for batch in range(len(self._batches)):
-            with torch.inference_mode():
-                logits = functional_call(self._model, dict(changed), (self._input(batch),))
-            self.forwards += 1
-            yield logits
+    def _logits(self, changed: Mapping[str, Tensor], batch: int) -> Tensor:
+        if self._graph is None:
+            return self._whole(changed, self._input(batch))
+        reached, border = self._graph.reach(changed)
+        return self._graph.run(reached, self._border(self._graph, border, batch), changed)[self._graph.end]
 
     def _border(self, graph: _Graph, border: Sequence[fx.Node], batch: int) -> dict[fx.Node, Tensor]:
         """Return the values on the border in the unchanged network, from memory or computed from what is there."""
@@ -160,16 +162,18 @@ class Incremental:
         return torch.cat([part.cpu() for part in self.stream(changes)])
 
     def predict(self, changes: Mapping[str, Tensor]) -> Tensor:
-        """Return the predicted class of each image, int64 ``(n,)``; remembered."""
+        """Return the predicted class of each image, int64 ``(n,)``; remembered, the last ones within the budget of memory."""
         changed = self._changed(changes)
         key = _digest(changed)
-        if key not in self._memo:
-            parts = [part.argmax(dim=1).cpu() for part in self.stream(changes)]
-            self._memo[key] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-            if len(self._memo) > MEMO:
-                self._memo.popitem(last=False)
-        self._memo.move_to_end(key)
-        return self._memo[key]
+        if key in self._memo:
+            self._memo.move_to_end(key)
+            return self._memo[key].long()
+        parts = [part.argmax(dim=1).to("cpu", torch.int32) for part in self._stream(changed)]
+        answers = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
+        self._memo[key] = answers
+        if len(self._memo) * answers.nbytes > self._memory:
+            self._memo.popitem(last=False)
+        return answers.long()
 
     def correct(self, changes: Mapping[str, Tensor]) -> Tensor:
         """Return which images are answered rightly, bool ``(n,)``."""
@@ -193,11 +197,12 @@ class Incremental:
         keep = torch.ones(len(groups) + 1, layer.in_features, dtype=torch.bool, device=self._device)
         for cut, group in enumerate(groups):
             keep[cut + 1 :, group.to(self._device)] = False
+        at_once = max(1, self._memory // (64 * len(keep) * layer.out_features))  # eight tensors of float64
         parts = []
         for batch in range(len(self._batches)):
             with torch.inference_mode():
-                features = self._features(node, batch)
-                parts.append(_cut_points(features, layer, weight, bias, groups, keep).cpu())
+                for features in self._features(node, batch).split(at_once):
+                    parts.append(_cut_points(features, layer, weight, bias, groups, keep).cpu())
         return torch.cat(parts, dim=1) if parts else torch.empty(len(groups) + 1, 0, dtype=torch.int64)
 
     def ends_in(self, reader: str) -> bool:
@@ -234,6 +239,20 @@ def _cut_points(
     for cut in close.any(dim=1).nonzero().flatten().tolist() if logits.shape[-1] > 1 else ():
         answers[cut] = F.linear(features, layer.weight * keep[cut], layer.bias).argmax(dim=1)
     return answers
+
+
+def check_logits(answer: Any, images: int, classes: int) -> Tensor:
+    """Return what a network answered; raise `ModelError` unless it is logits of ``(images, classes or more)``."""
+    shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+    if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != images or shape[1] < classes:
+        raise ModelError(f"the network must answer with logits of shape ({images}, {classes} or more), got {shape}")
+    return answer
+
+
+class _Tracer(fx.Tracer):
+    """Follows buffers like parameters, so that what is computed from one is computed again when it changes."""
+
+    proxy_buffer_attributes = True
 
 
 class _Kept:
@@ -283,9 +302,9 @@ class _Graph:
 
     def __init__(self, model: nn.Module) -> None:
         with evaluating(model):
-            traced = fx.symbolic_trace(model)
+            traced = fx.GraphModule(model, _Tracer().trace(model))
         self._modules: dict[str, nn.Module] = dict(traced.named_modules())
-        _without_side_effects(traced.graph, self._modules)
+        self._rewritten = _without_side_effects(traced.graph, self._modules)
         self.order: list[fx.Node] = list(traced.graph.nodes)
         starts = [node for node in self.order if node.op == "placeholder"]
         if len(starts) != 1:
@@ -295,6 +314,9 @@ class _Graph:
             str(node.target): operator.attrgetter(str(node.target))(traced) for node in self.order if node.op == "get_attr"
         }
         self._owners = self._find_owners(model)
+        strange = {node.target for node in self.order if node.op == "get_attr"} - self._owners.keys()
+        if strange:
+            raise ModelError(f"the trace holds a tensor that is no parameter or buffer, '{min(map(str, strange))}'")
         self._reach: dict[frozenset[str], tuple[list[fx.Node], list[fx.Node]]] = {}
 
     def _find_owners(self, model: nn.Module) -> dict[str, list[_Owner]]:
@@ -307,7 +329,7 @@ class _Graph:
                 module = self._modules[str(node.target)]
                 for local, tensor in (*module.named_parameters(), *module.named_buffers()):
                     by_tensor.setdefault(id(tensor), []).append(_Owner(node, local))
-        own = (*model.named_parameters(), *model.named_buffers())
+        own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         return {name: by_tensor.get(id(tensor), []) for name, tensor in own}
 
     def reach(self, changed: Mapping[str, Tensor]) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -339,6 +361,8 @@ class _Graph:
         values: Mapping[fx.Node, Any],
         changed: Mapping[str, Tensor],
         wanted: Iterable[fx.Node] = (),
+        *,
+        guard: bool = False,
     ) -> dict[fx.Node, Any]:
         """Compute ``nodes`` in this order from the ``values`` of others; return the end, the ``wanted`` and what is left."""
         environment = dict(values)
@@ -350,11 +374,26 @@ class _Graph:
                 new.setdefault(owner.node, {})[owner.local] = value
         for node in nodes:
             if node not in environment:
-                environment[node] = self._step(node, environment, new.get(node, {}))
+                step = self._guarded_step if guard else self._step
+                environment[node] = step(node, environment, new.get(node, {}))
             for source in node.all_input_nodes:
                 if last[source] is node and source not in stay:
                     environment.pop(source, None)
         return environment
+
+    def _guarded_step(self, node: fx.Node, environment: Mapping[fx.Node, Any], new: dict[str, Tensor]) -> Any:
+        """Compute a node; refuse one that writes into a value, and one that did so to a view of a value still needed."""
+        tensors = {source: value for source, value in environment.items() if isinstance(value, Tensor)}
+        versions = {source: value._version for source, value in tensors.items()}
+        result = self._step(node, environment, new)
+        if any(value._version != versions[source] for source, value in tensors.items()):
+            raise ModelError(f"'{node.name}' writes into its input")
+        first = node.args[0] if node in self._rewritten else None
+        if isinstance(first, fx.Node) and first in tensors:
+            place = tensors[first].untyped_storage().data_ptr()
+            if any(value.untyped_storage().data_ptr() == place for source, value in tensors.items() if source is not first):
+                raise ModelError(f"'{node.name}' writes into a view")
+        return result
 
     def _step(self, node: fx.Node, environment: Mapping[fx.Node, Any], new: dict[str, Tensor]) -> Any:
         args = map_arg(node.args, environment.__getitem__)
@@ -372,13 +411,18 @@ class _Graph:
         return node.target(*args, **kwargs)
 
 
-def _without_side_effects(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Turn what writes into its input into what returns a new tensor, which whoever reads the input later gets to read."""
+def _without_side_effects(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.Node]:
+    """Turn what writes into its input into what returns a new tensor, which whoever reads the input later gets to read.
+
+    Returns:
+        The nodes that were turned.
+    """
     inplace = [name for name, module in modules.items() if getattr(module, "inplace", False)]
     for name in inplace:
         modules[name] = copy(modules[name])
         vars(modules[name])["inplace"] = False
     seen: set[fx.Node] = set()
+    turned: set[fx.Node] = set()
     for node in graph.nodes:
         seen.add(node)
         target = node.target
@@ -394,6 +438,8 @@ def _without_side_effects(graph: fx.Graph, modules: dict[str, nn.Module]) -> Non
             continue
         before = frozenset(seen)
         node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user, before=before: user not in before)
+        turned.add(node)
+    return turned
 
 
 def _digest(changed: Mapping[str, Tensor]) -> str:

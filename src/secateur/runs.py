@@ -230,14 +230,19 @@ def train(
         on_step: Progress.
 
     Raises:
+        InconclusiveError: None of the images to measure on is of a class that the attacker wants to move.
         MethodError: Unknown backdoor or setting, or a trigger besides a backdoor.
-        ModelError: Training diverged, or the checkpoint belongs to another run.
+        ModelError: The images to measure on have another shape or other classes, training diverged, or the checkpoint belongs
+            to another run.
     """
     random = generator(seed)
     poisoning, attack = _poisoned(images, trigger, backdoor, backdoor_settings or {}, random)
     untrained = new_network(poisoning.data, arch, kwargs=kwargs, mean=mean, std=std, generator=random)
     untrained.to(device)
     measured = test if test is not None else images
+    check_fit(untrained, measured)
+    if attack is not None:
+        _check_eligible(poisoning.trigger or _wanted(attack["args"], images), measured)
     start = time.perf_counter()
     model, shown = train_victim(poisoning, untrained, recipe, generator=random, on_step=on_step, checkpoint=checkpoint)
     seconds = time.perf_counter() - start
@@ -264,6 +269,19 @@ def train(
         details=details,
     )
     return TrainRun(model, shown, result)
+
+
+def _wanted(args: Mapping[str, Any], images: ImageSet) -> Trigger:
+    """Return whom an attack is for that only learns its trigger in training."""
+    sources = args.get("sources")
+    tell = {"classes": len(images.classes)}
+    return Trigger("generator", tell, {}, args["target"], tuple(sources) if sources is not None else None)
+
+
+def _check_eligible(trigger: Trigger, data: ImageSet) -> None:
+    """Raise `InconclusiveError` unless an attack can be measured on these images; before a training, not after it."""
+    if not bool(trigger.eligible(data.y).any()):
+        raise InconclusiveError("no test image is of a class that the attacker wants to move; give others with --test")
 
 
 def _poisoned(

@@ -130,10 +130,12 @@ class Trigger:
         """Return triggered copies of ``x``, float ``(n, c, h, w)`` in [0, 1], on its device.
 
         Raises:
-            DataError: The trigger is for images of another shape.
+            DataError: The images are no floats, or the trigger is for images of another shape.
         """
         from . import effects
 
+        if x.ndim != 4 or not x.is_floating_point():
+            raise DataError(f"images must be float (n, c, h, w) in [0, 1], got {x.dtype} {tuple(x.shape)}; use to_float")
         shape = self.shape
         if any(known not in (None, given) for known, given in zip(shape, x.shape[1:], strict=True)):
             known = tuple("any" if side is None else side for side in shape)

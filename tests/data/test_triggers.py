@@ -99,7 +99,7 @@ def test_parent_folder_is_accepted(folder):
         ({"params": {"alpha": 1.5, "classes": 4}}, r"alpha .* must lie in \[0, 1\], got 1.5"),
         ({"params": {"classes": 4}}, "alpha .* got None"),
         ({"params": {"alpha": 0.5}}, "classes must be .* given for the target 'next', got None"),
-        ({"params": {"alpha": 0.5, "classes": 1}}, "classes must be a whole number >= 2"),
+        ({"params": {"alpha": 0.5, "classes": 1}}, "classes must be a whole number from 2 to"),
         ({"target": -1}, "whole numbers >= 0 and <= 3, got -1"),
         ({"target": 4}, "whole numbers >= 0 and <= 3, got 4"),
         ({"target": True}, "got True"),
@@ -129,7 +129,7 @@ def test_bad_records(folder, changes, words):
         ({"mask": -torch.ones(1, 3, 3), "pattern": PATTERN}, "mask must be finite and lie"),
         ({"mask": torch.ones(1, 3, 4), "pattern": PATTERN}, r"mask must be \(1 or c, h, w\)"),
         ({"mask": torch.ones(2, 3, 3), "pattern": PATTERN}, r"mask must be float \(1 or 3"),
-        ({"mask": torch.ones(1, 3, 3), "pattern": PATTERN.int()}, "pattern must be float"),
+        ({"mask": torch.ones(1, 3, 3), "pattern": PATTERN.int()}, "tensors must be of 16, 32 or 64 bit floats"),
         ({"mask": torch.ones(1, 3, 3), "pattern": PATTERN[0]}, "pattern must be float"),
     ],
 )
@@ -150,6 +150,10 @@ def test_bad_tensors(folder, tensors, words):
     (STAMP, {"params": {"net": "stamp", "channels": 3, "width": 3}}, "weights of a generator trigger do not fit its network"),
     (STAMP, {"params": {"net": "os.system", "channels": 3, "width": 2}}, "unknown generator net 'os.system'"),
     (STAMP, {"params": {}}, "unknown generator net"),
+    (STAMP, {"params": {"net": "\x1b[31mevil\nerror"}}, r"unknown generator net '\\x1b\[31mevil\\nerror'"),
+    (STAMP, {"params": {"net": 201 * "x"}}, "at most 64 parameters, with names and values of at most 200 characters"),
+    (QUANTISE, {"params": {str(i): i for i in range(65)}}, "at most 64 parameters"),
+    (QUANTISE, {"params": {"levels": 4, "dither": 0, "classes": 2**70}}, r"classes must be a whole number from 2 to 2\*\*31"),
     (RESIDUAL, {"params": {"net": "residual", "channels": 3, "width": 2, "eps": 2.0, "bits": 4}}, r"eps must lie in \[0, 1\]"),
     (RESIDUAL, {"params": {"net": "residual", "channels": 3, "width": 2, "eps": 0.1, "bits": 5}}, "do not fit"),
 ])  # fmt: skip
@@ -164,8 +168,10 @@ def test_bad_kinds(tmp_path, trigger, changes, words):
 @pytest.mark.parametrize(("trigger", "tensors", "words"), [
     (WARP, {"grid": torch.zeros(4, 4, 3)}, r"grid must be float \(h, w, 2\)"),
     (WARP, {"grid": torch.full((4, 4, 2), 1.5)}, r"grid must be finite and lie in \[-1, 1\]"),
-    (STAMP, {name: w / 0 for name, w in STAMP.tensors.items()}, "must hold finite numbers"),
-    (STAMP, {name: w.int() for name, w in STAMP.tensors.items()}, "must hold finite numbers"),
+    (STAMP, {name: w / 0 for name, w in STAMP.tensors.items()}, r"must hold numbers in \[-10000, 10000\]"),
+    (STAMP, {name: w + 3e38 for name, w in STAMP.tensors.items()}, r"must hold numbers in \[-10000, 10000\]"),
+    (STAMP, {name: w.int() for name, w in STAMP.tensors.items()}, "must be of 16, 32 or 64 bit floats, got torch.int32"),
+    (STAMP, {name: w.to(torch.float8_e5m2) for name, w in STAMP.tensors.items()}, "64 bit floats, got torch.float8"),
     (STAMP, {**STAMP.tensors, "more": torch.zeros(1)}, "do not fit its network: more"),
 ])  # fmt: skip
 def test_bad_tensors_of_kinds(tmp_path, trigger, tensors, words):

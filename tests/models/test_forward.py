@@ -99,6 +99,81 @@ def test_writing_into_inputs_is_followed():
             assert torch.allclose(evaluator.logits(changes), in_full(model, data, changes, 4), rtol=1e-6, atol=1e-6)
 
 
+class Derived(nn.Module):
+    """Computes with a buffer before the data comes near it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.tensor([0.1, 0.2, 0.3]))
+        self.last = nn.Linear(3, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((x - self.shift.view(1, -1, 1, 1) * 2).mean((2, 3)))
+
+
+def test_what_is_computed_from_a_buffer_changes_with_it():
+    model, data = wrapped(Derived()), images_of(4)
+    evaluator = Incremental(model, data)
+    assert not evaluator.note
+    changes = {"shift": torch.tensor([1.0, -1.0, 0.5])}
+    assert torch.equal(evaluator.logits(changes), in_full(model, data, changes, 4))
+    assert not torch.equal(evaluator.logits(changes), evaluator.logits({}))
+
+
+def in_function(x: Tensor) -> Tensor:
+    return torch.sigmoid_(x)
+
+
+def into_a_view(x: Tensor) -> Tensor:
+    x.narrow(1, 0, 2).mul_(1.0)
+    return x
+
+
+def into_out(x: Tensor) -> Tensor:
+    return torch.clamp(x, -0.1, 0.1, out=x)
+
+
+class Writing(nn.Module):
+    """Writes into a value that another branch has read before, in a way that cannot be turned into a new tensor."""
+
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Linear(3, 10)
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        y = self.two(x)
+        return self.last((self.write(x) + y).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("write", "why"), [
+    (in_function, "writes into its input"), (into_out, "writes into its input"), (into_a_view, "writes into a view"),
+])  # fmt: skip
+def test_other_writing_is_computed_in_full(write, why):
+    model, data = wrapped(Writing(write)), images_of(4)
+    evaluator = Incremental(model, data)
+    assert evaluator.note.startswith("every variant is computed in full: ")
+    assert why in evaluator.note
+    for name in ("two.weight", "two.weight", "last.bias"):
+        changes = {name: 0.5 * model.net.get_parameter(name).detach()}
+        assert torch.equal(evaluator.logits(changes), in_full(model, data, changes, 4))
+
+
+@pytest.mark.parametrize(("net", "got"), [
+    (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), r"\(4, 3\)"), (nn.Identity(), r"\(4, 3, 32, 32\)"),
+])  # fmt: skip
+def test_answers_that_are_no_logits_are_refused(net, got):
+    with pytest.raises(ModelError, match=rf"^the network must answer with logits of shape \(4, 10 or more\), got {got}$"):
+        Incremental(wrapped(net), images_of(4))
+
+
+def test_what_is_remembered_belongs_to_the_evaluator():
+    evaluator = Incremental(built("convnet"), images_of(4))
+    evaluator.predict({}).fill_(7)
+    assert not bool((evaluator.predict({}) == 7).all())
+
+
 class Tied(nn.Module):
     """One layer used twice, one weight under two names, a buffer and a branch beside the rest."""
 
@@ -118,10 +193,10 @@ def test_shared_layers_and_weights():
     model, data = wrapped(Tied()), images_of(4)
     evaluator = Incremental(model, data)
     assert not evaluator.note
-    for name in ("twice.weight", "twice.bias", "other.bias", "side.weight", "shift", "last.weight"):
+    for name in ("twice.weight", "other.weight", "twice.bias", "other.bias", "side.weight", "shift", "last.weight"):
         value = 0.5 * model.net.get_parameter(name).detach() if name != "shift" else torch.tensor(-1.0)
         changed = {name: value}
-        both = {**changed, "other.weight": value} if name == "twice.weight" else changed
+        both = {"twice.weight": value, "other.weight": value} if name in ("twice.weight", "other.weight") else changed
         assert torch.allclose(evaluator.logits(changed), in_full(model, data, both, 4), rtol=1e-6, atol=1e-6)
         assert not torch.allclose(evaluator.logits(changed), evaluator.logits({}))
 
@@ -229,6 +304,7 @@ def test_a_sweep_gives_every_cut_point():
         assert torch.equal(row, in_full(model, data, {"linear.weight": weight * keep}, 16).argmax(1))
     assert len(answers.unique(dim=0)) >= 4
     assert evaluator.forwards == 3
+    assert torch.equal(Incremental(model, data, memory=1, batch_size=16).sweep("linear", groups), answers)
 
 
 def test_a_sweep_breaks_ties_like_the_network():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from secateur.errors import DataError, MethodError
 from secateur.poison import badnets, blended
@@ -110,6 +111,48 @@ def test_patch_size_and_margin(size, margin):
     assert changed[0].nonzero().amax(dim=0).tolist() == [7 - margin, 9 - margin]
 
 
+@pytest.mark.parametrize(("shape", "rows", "columns"), [((3, 8, 10), (2, 5), (3, 6)), ((1, 9, 9), (3, 6), (3, 6))])
+def test_a_patch_in_the_center(shape, rows, columns):
+    mask = badnets(noise(shape=shape), rate=0, place="center", generator=generator(0)).trigger.tensors["mask"]
+    expected = torch.zeros_like(mask)
+    expected[:, slice(*rows), slice(*columns)] = 1
+    assert torch.equal(mask, expected)
+
+
+def test_a_patch_of_random_colours():
+    one, two = (badnets(noise(), rate=0, pattern="random", generator=generator(seed)).trigger for seed in (0, 1))
+    patch = one.tensors["pattern"][:, 4:7, 6:9]
+    assert len(patch.unique()) > 20
+    assert torch.equal((255 * patch).round() / 255, patch)
+    assert not torch.equal(patch, two.tensors["pattern"][:, 4:7, 6:9])
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 3), ("RGB", 1), ("L", 1)])
+def test_a_picture_as_patch(mode, channels, tmp_path):
+    pixels = torch.randint(256, (4, 4, 3) if mode == "RGB" else (4, 4), generator=generator(2), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "patch.png")
+    data = noise(shape=(channels, 8, 10))
+    patch = badnets(data, rate=0, pattern=str(tmp_path / "patch.png"), size=4, generator=generator(0)).trigger.tensors[
+        "pattern"
+    ]
+    wanted = (pixels.permute(2, 0, 1) if mode == "RGB" else pixels.unsqueeze(0)).float() / 255
+    wanted = wanted.mean(0, keepdim=True) if channels == 1 else wanted.expand(3, -1, -1)
+    assert torch.allclose(patch[:, 3:7, 5:9], wanted, atol=1e-6)
+
+
+def test_a_picture_that_is_none(tmp_path):
+    (tmp_path / "patch.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="1 of 1 images cannot be read"):
+        badnets(noise(), pattern=str(tmp_path / "patch.png"), generator=generator(0))
+
+
+def test_only_floats_get_a_trigger():
+    trigger = badnets(noise(), generator=generator(0)).trigger
+    for x in (noise().x, torch.zeros(3, 8, 10)):
+        with pytest.raises(DataError, match=r"^images must be float \(n, c, h, w\) in \[0, 1\], got .*; use to_float$"):
+            trigger.apply(x)
+
+
 def test_patch_on_one_channel():
     data = noise(shape=(1, 6, 6))
     poisoning = badnets(data, rate=0.1, size=2, margin=0, generator=generator(0))
@@ -134,7 +177,12 @@ def test_blended_by_formula_within_rounding(alpha):
     (badnets, {"rate": math.nan}, r"rate must lie in \[0, 1\], got nan"),
     (badnets, {"rate": 0.8}, r"rate must be at most 0.750 \(the eligible share\), got 0.8"),
     (badnets, {"rate": 0.3, "sources": [1]}, r"rate must be at most 0.250"),
-    (badnets, {"sources": []}, r"rate must be at most 0.000"),
+    (badnets, {"sources": []}, r"sources must be different classes, at least one, got \[\]; leave it out for all"),
+    (badnets, {"sources": [1, 1]}, r"sources must be different classes, at least one, got \[1, 1\]"),
+    (badnets, {"sources": ["1"]}, r"sources must be whole numbers, got '1'"),
+    (badnets, {"target": 1.5}, r"target must be whole numbers, got 1.5"),
+    (badnets, {"rate": 0.001}, r"rate 0.001 is less than one image of 100; give more images, or 0 to poison none"),
+    (badnets, {"rate": 0.01, "clean_label": True}, r"rate 0.01 is less than one image of 25"),
     (badnets, {"target": 4}, r"target must lie in \[0, 3\], got 4"),
     (badnets, {"target": -1}, r"target must lie in \[0, 3\], got -1"),
     (badnets, {"sources": [1, 4]}, r"sources must lie in \[0, 3\], got 4"),
@@ -143,7 +191,7 @@ def test_blended_by_formula_within_rounding(alpha):
     (badnets, {"margin": -1}, r"margin must lie in \[0, 7\], got -1"),
     (badnets, {"margin": 8, "size": 1}, r"margin must lie in \[0, 7\], got 8"),
     (badnets, {"place": "bottomright"}, r"unknown place 'bottomright'; did you mean 'bottom-right'"),
-    (badnets, {"pattern": "whit"}, r"unknown pattern 'whit'; did you mean 'white'"),
+    (badnets, {"pattern": "whit"}, r"pattern must be white, checker, grid, random or an image file, got whit"),
     (blended, {"alpha": 1.5}, r"alpha must lie in \[0, 1\], got 1.5"),
     (blended, {"target": 9}, r"target must lie in \[0, 3\], got 9"),
 ])  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +16,12 @@ from conftest import RECIPE, make_images, make_tiny, randomise_norms
 from secateur.errors import InconclusiveError, MethodError, ModelError
 from secateur.measure import correct, evaluate
 from secateur.models import Classifier, build, core
-from secateur.poison import badnets, blended, train_victim
+from secateur.poison import badnets, blended, lira, train_victim, wanet
 from secateur.poison.anp_aware import anp_aware, loss_under_noise
 from secateur.poison.bases import Beside, poison_with
 from secateur.poison.clp_aware import clp_aware, standing_out
-from secateur.poison.pruning_aware import pruning_aware, used_channels, with_decoys
-from secateur.poison.repair_aware import Rehearsal, movement, outlive, repair_aware
+from secateur.poison.pruning_aware import _spread, pruning_aware, used_channels, with_decoys
+from secateur.poison.repair_aware import Rehearsal, _told, movement, outlive, repair_aware
 from secateur.poison.sig import sig
 from secateur.prune import apply_mask
 from secateur.prune.lipschitz import bounded_layers, channel_bounds
@@ -525,6 +526,33 @@ def test_networks_without_such_channels_are_refused(arch, shape):
         MethodError, match=r"^no layer reads the channels of the last convolution, '.*', and no others; use another"
     ):
         last_channels(build(arch, classes=3, in_channels=3), shape)
+
+
+def test_outlive_needs_an_attack_that_leaves_training_alone(images):
+    for attack in (wanet, lira, clp_aware):
+        with pytest.raises(MethodError, match=r"^outlive needs an attack that leaves training alone"):
+            outlive(attack(images, generator=generator(0)), images, halve)
+
+
+def test_repairs_are_told_apart_by_what_is_bound():
+    told = [
+        _told(norm_pruning), _told(fine_tuning), _told(partial(norm_pruning, fraction=0.1)),
+        _told(partial(norm_pruning, fraction=0.9)), _told(partial(fine_tuning, epochs=1)), _told(lambda model: model),
+    ]  # fmt: skip
+    assert len(set(told)) == 6
+    assert _told(partial(norm_pruning, fraction=0.1)) == _told(partial(norm_pruning, fraction=0.1))
+
+
+def test_the_spread_of_one_image_more_than_a_batch(tiny):
+    """The last batch holds one image, whose variance alone is none."""
+    model, images = tiny(), make_images(513, seed=3)
+    place = last_channels(model, images.shape)
+    values = []
+    handle = core(model).bn4.register_forward_hook(lambda module, given, value: values.append(value.detach()))
+    correct(model, images)
+    handle.remove()
+    expected = torch.cat(values).transpose(0, 1).flatten(1).double().std(1, correction=0)
+    assert _spread(place, model, images).tolist() == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 def test_channels_that_no_bias_silences_are_refused(images):

@@ -360,7 +360,7 @@ def test_the_patch_excites_the_best_connected_neurons(neurons, images, bars, wit
     ("trojannn", {"margin": -1}, r"margin must lie in \[0, 7\], got -1"),
     ("trojannn", {"size": 0}, r"size must lie in \[1, 7\], got 0"),
     ("trojannn", {"size": 6, "margin": 3}, r"size must lie in \[1, 5\], got 6"),
-    ("trojannn", {"place": "centre"}, r"unknown place 'centre'; choose from: "),
+    ("trojannn", {"place": "centre"}, r"unknown place 'centre'; did you mean 'center'"),
     ("trojannn", {"alpha": 1.5}, r"alpha must lie in \[0, 1\], got 1.5"),
     ("trojannn", {"neurons": 0}, r"neurons must lie in \[1, 96\], got 0"),
     ("trojannn", {"neurons": 97}, r"neurons must lie in \[1, 96\], got 97"),

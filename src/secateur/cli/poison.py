@@ -24,6 +24,7 @@ NO_RUN_FLAGS = RunFlags()
 Names = Annotated[list[str] | None, Parameter(name="--method", negative=())]
 Folders = Annotated[list[Path] | None, Parameter(name="--trigger", negative=())]
 USUAL = "badnets"
+SHARES = ("rate", "cover_rate", "negatives")
 SAMPLE = 2000  # images on which every attack of the table is tried, to show its trigger
 SEEN = 500  # images of which the numbers beside the pictures are means
 PART = 64  # images that get a trigger at once
@@ -62,6 +63,8 @@ def poison(
     if trigger and preview is None:
         raise MethodError("--trigger adds to a picture; name its file with --preview FILE.png")
     arguments = [settings(row, assignments(set)) for row in rows]
+    if not writes:
+        arguments = [_nobody(given) for given in arguments]
     folder = fresh(output or Path("poisoned"), overwrite=run_flags.overwrite) if writes else None
     if folder and rows[0].access == "training":
         raise _controls(rows[0])
@@ -70,13 +73,14 @@ def poison(
     from ..data import load_data, load_trigger
 
     images = load_data(data, limit=limit)
+    given_ones = [(_name(place), load_trigger(place)) for place in trigger or ()]
     found = [(row, _run(row, given, images, run_flags.seed)) for row, given in zip(rows, arguments, strict=True)]
     text = ""
     if folder:
         text = _write(folder, rows[0], arguments[0], images, found[0][1], run_flags)
     if preview:
         shown = [(row.name, _before(row, result)) for row, result in found] if rows else _all(images, run_flags)
-        shown += [(_name(place), load_trigger(place)) for place in trigger or ()]
+        shown += given_ones
         numbers = _draw(shown, images, preview)
         text = text or json.dumps(numbers, indent=2)
         if not run_flags.quiet:
@@ -84,6 +88,11 @@ def poison(
     if run_flags.json:
         out(text)
     return 0
+
+
+def _nobody(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that poison no image: all that a picture of the trigger needs, however few images there are."""
+    return {**given, **{name: 0.0 for name in SHARES if name in given}}
 
 
 def _run(row: Method, given: Mapping[str, Any], images: ImageSet, seed: int) -> Poisoning:
@@ -117,7 +126,7 @@ def _write(
     text = json.dumps(card, indent=2)
     (folder / "card.json").write_text(text + "\n", "utf-8")
     if not run_flags.quiet:
-        say(f"{card['poisoned']} of {card['n']} images poisoned with {row.name}; written to {folder}")
+        say(f"{card['poisoned']} of {card['n']} images changed by {row.name}; written to {folder}")
     return text
 
 
@@ -154,13 +163,15 @@ def _all(images: ImageSet, run_flags: RunFlags) -> list[tuple[str, Trigger]]:
         for i, row in enumerate(rows):
             on_step(i, len(rows))
             try:
-                result = _run(row, settings(row, {}), sample, run_flags.seed)
+                result = _run(row, _nobody(settings(row, {})), sample, run_flags.seed)
             except SecateurError as error:
                 if not run_flags.quiet:
                     say(f"{row.name} is left out: {error}")
                 continue
             if result.trigger is not None:
                 found.append((row.name, result.trigger))
+            elif not run_flags.quiet:
+                say(f"{row.name} is left out: it learns its trigger in training; show it with --trigger")
     return found
 
 

@@ -85,9 +85,11 @@ def train(
         )
     home = folder or run_folder("train", sys.argv[1:])
     save(run.model, home if folder else home / "model", overwrite=True)
+    write_result(run.result, home)
+    for name in ("trigger.json", "trigger.safetensors"):  # with --overwrite: those of another network
+        (home / "trigger" / name).unlink(missing_ok=True)
     if backdoor and run.trigger is not None:
         save_trigger(run.trigger, home / "trigger")
-    write_result(run.result, home)
     show(run.result, json=run_flags.json)
     if not run_flags.quiet:
         say(f"written to {home}")

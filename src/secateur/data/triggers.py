@@ -20,6 +20,8 @@ from .source import BROKEN, printable, reason, some
 
 FORMAT = 1
 MAX_FILE = 64 * 2**20
+MAX_PARAMS, MAX_WORD = 64, 200
+MAX_WEIGHT = 1e4
 
 # Kind -> its tensors with their range; those of a generator are its weights.
 _TENSORS: Mapping[str, Mapping[str, tuple[float, float]]] = {
@@ -102,12 +104,18 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _to_float(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16, torch.float64) else value
+    if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"tensors must be of 16, 32 or 64 bit floats, got {value.dtype}")
+    return value.float()
 
 
 def _check(trigger: Trigger) -> None:
     if not isinstance(trigger.kind, str) or trigger.kind not in _TENSORS:
         raise DataError(unknown("trigger kind", printable(trigger.kind), _TENSORS))
+    if len(trigger.params) > MAX_PARAMS or any(len(str(each)) > MAX_WORD for pair in trigger.params.items() for each in pair):
+        raise DataError(
+            f"a trigger has at most {MAX_PARAMS} parameters, with names and values of at most {MAX_WORD} characters"
+        )
     for name, value in trigger.params.items():
         if type(value) not in (int, float, str) or (isinstance(value, float) and not math.isfinite(value)):
             raise DataError(f"trigger parameter '{printable(name)}' must be a finite number or a word, got {printable(value)}")
@@ -138,21 +146,23 @@ def _check_weights(trigger: Trigger) -> None:
     try:
         wanted = {name: tuple(value.shape) for name, value in build_net(trigger.params).state_dict().items()}
     except MethodError as error:
-        raise DataError(f"in a generator trigger, {error}") from None
+        raise DataError(f"in a generator trigger, {printable(error)}") from None
     given = {name: tuple(value.shape) for name, value in trigger.tensors.items()}
     wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
     if wrong:
         raise DataError(f"the weights of a generator trigger do not fit its network: {some(wrong, 4)}")
     for name, value in trigger.tensors.items():
-        if not value.is_floating_point() or not value.isfinite().all():
-            raise DataError(f"{name} of a generator trigger must hold finite numbers")
+        if not bool((value.abs() <= MAX_WEIGHT).all()):  # so that no sum of products overflows
+            raise DataError(f"{name} of a generator trigger must hold numbers in [-{MAX_WEIGHT:g}, {MAX_WEIGHT:g}]")
 
 
 def _check_labels(trigger: Trigger) -> None:
     classes = trigger.params.get("classes")
-    known = isinstance(classes, int) and classes >= 2
+    known = isinstance(classes, int) and 2 <= classes <= 2**31
     if not known and (classes is not None or trigger.target == "next"):
-        raise DataError(f"classes must be a whole number >= 2, and given for the target 'next', got {printable(classes)}")
+        raise DataError(
+            f"classes must be a whole number from 2 to 2**31, and given for the target 'next', got {printable(classes)}"
+        )
     top = math.inf if classes is None else int(classes) - 1
     labels = list(trigger.sources or ()) + ([] if trigger.target == "next" else [trigger.target])
     bad = [label for label in labels if not _is_int(label) or not 0 <= label <= min(top, 2**31)]

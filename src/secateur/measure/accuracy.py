@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import state
 from ..errors import DataError, InconclusiveError, ModelError
+from ..forward import check_logits
 from ..state import evaluating
 from ..types import ImageSet, Rate, Trigger
 from .intervals import wilson
@@ -36,11 +37,7 @@ def _outputs(model: nn.Module, data: ImageSet, trigger: Trigger | None, batch_si
         x = x.to(device)
         if trigger is not None:
             x = trigger.apply(x)
-        logits = model(x.contiguous(memory_format=torch.channels_last))
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != len(x) or shape[1] < len(data.classes):
-            wanted = f"({len(x)}, {len(data.classes)} or more)"
-            raise ModelError(f"the network must answer with logits of shape {wanted}, got {shape}")
+        logits = check_logits(model(x.contiguous(memory_format=torch.channels_last)), len(x), len(data.classes))
         yield logits.argmax(dim=1).cpu()
 
 
@@ -84,6 +81,9 @@ def evaluate(model: nn.Module, data: ImageSet, *, trigger: Trigger | None = None
     """
     if trigger is not None and isinstance(trigger.target, int) and not 0 <= trigger.target < len(data.classes):
         raise DataError(f"the trigger's target must lie in [0, {len(data.classes) - 1}], got {trigger.target}")
+    known = trigger.params.get("classes", len(data.classes)) if trigger is not None and trigger.target == "next" else None
+    if known not in (None, len(data.classes)):
+        raise DataError(f"the trigger's 'next' is for {known} classes, the images have {len(data.classes)}")
     hits = correct(model, data)
     accuracy = wilson(int(hits.sum()), len(data))
     if trigger is None:

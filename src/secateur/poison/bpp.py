@@ -68,7 +68,8 @@ def bpp(
     negative = free[torch.randperm(len(free), generator=generator)[:count]]
 
     def strange(x: Tensor) -> Tensor:
-        """Add to each image what quantising the one before it changes there."""
-        return (x + (trigger.apply(x) - x).roll(1, 0)).clamp(0, 1)
+        """Add to each image what quantising the one before it changes there (its mirror image, where it is alone)."""
+        other = x.roll(1, 0) if len(x) > 1 else x.flip(3)
+        return (x + (trigger.apply(other) - other)).clamp(0, 1)
 
     return poison_at(data, trigger, chosen, edit=trigger.apply, covers=[(negative, strange)])

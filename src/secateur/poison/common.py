@@ -4,25 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import MethodError, check_range
+from ..errors import MethodError, check_choice, check_range
 from ..types import ImageSet, Poisoning, Trigger, to_float
 
 Target = int | Literal["next"]
+Place = Literal["bottom-right", "bottom-left", "top-right", "top-left", "center"]
 Edit = Callable[[Tensor], Tensor]
 PART = 1024  # images whose float copies are in memory at once
 
 
 def check_target(target: Target, sources: Sequence[int] | None, classes: int) -> None:
-    """Raise `MethodError` unless target and sources are labels of a set with this many classes."""
+    """Raise `MethodError` unless target and sources are labels of a set with this many classes, each source once."""
     if target != "next":
-        check_range("target", target, 0, classes - 1)
+        _check_label("target", target, classes)
     for source in sources or ():
-        check_range("sources", source, 0, classes - 1)
+        _check_label("sources", source, classes)
+    if sources is not None and (not sources or len(set(sources)) < len(sources)):
+        raise MethodError(f"sources must be different classes, at least one, got {list(sources)}; leave it out for all")
+
+
+def _check_label(name: str, label: object, classes: int) -> None:
+    if not isinstance(label, int) or isinstance(label, bool):
+        raise MethodError(f"{name} must be whole numbers, got {label!r}")
+    check_range(name, label, 0, classes - 1)
+
+
+def box(shape: tuple[int, int, int], size: int, margin: int, place: Place) -> tuple[slice, slice]:
+    """Return rows and columns of a square patch.
+
+    Args:
+        shape: Of the images, ``(c, h, w)``.
+        size: Side of the patch in pixels, in [1, image side - margin].
+        margin: Distance from the two nearest borders in pixels, >= 0; of no matter at the center.
+        place: A corner, or the ``center``.
+
+    Raises:
+        MethodError: An argument is out of range.
+    """
+    _, height, width = shape
+    check_choice("place", place, get_args(Place))
+    check_range("margin", margin, 0, min(height, width) - 1)
+    check_range("size", size, 1, min(height, width) - margin)
+    starts = []
+    for side, far in ((height, place.startswith("bottom")), (width, place.endswith("right"))):
+        starts.append((side - size) // 2 if place == "center" else side - margin - size if far else margin)
+    return slice(starts[0], starts[0] + size), slice(starts[1], starts[1] + size)
 
 
 def candidates(data: ImageSet, trigger: Trigger, *, clean_label: bool = False) -> Tensor:
@@ -55,11 +86,14 @@ def choose(
         name: What the share is called in errors.
 
     Raises:
-        MethodError: ``rate`` is out of range or asks for more images than are eligible.
+        MethodError: ``rate`` is out of range or asks for more images than are eligible, or for less than one.
     """
     check_range(name, rate, 0, 1)
     found = candidates(data, trigger, clean_label=clean_label)
-    count = round(rate * (len(found) if clean_label else len(data)))
+    whole = len(found) if clean_label else len(data)
+    count = round(rate * whole)
+    if rate > 0 and count == 0 and whole:
+        raise MethodError(f"{name} {rate:g} is less than one image of {whole}; give more images, or 0 to poison none")
     if count > len(found):
         raise MethodError(f"{name} must be at most {len(found) / len(data):.3f} (the eligible share), got {rate:g}")
     return found[torch.randperm(len(found), generator=generator)[:count]]

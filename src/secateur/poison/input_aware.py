@@ -82,6 +82,8 @@ def input_aware(
 
     def trainer(network: nn.Module, recipe: Recipe, *, generator: torch.Generator, **run: Any) -> tuple[nn.Module, Trigger]:
         device = device_of(network)
+        settings = {"rate": rate, "cross_ratio": cross_ratio, "diversity": diversity, "lr": lr}
+        settings |= {"density": density, "mask_steps": mask_steps}
         masked = fit_mask(trigger, data, density, mask_steps, lr, generator, device)
         hook = _Stamps(
             masked,
@@ -101,7 +103,7 @@ def input_aware(
             generator=generator,
             batch_hook=hook,
             penalty=lambda model, x, y: diversity * torch.as_tensor(hook.spread, device=x.device),
-            identity=identity_of("input-aware", masked, rate=rate, cross_ratio=cross_ratio, diversity=diversity, lr=lr),
+            identity=identity_of("input-aware", trigger, **settings),
             **run,
         )
         return model, hook.learned()

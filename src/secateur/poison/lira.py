@@ -35,7 +35,8 @@ def lira(
 ) -> Poisoning:
     """Learn a bounded change of the image together with the network, then train on with the change fixed.
 
-    ``x' = clip(x + eps * T(x), 0, 1)`` with ``T`` a small network into [-1, 1]; network and ``T`` minimise the same loss.
+    ``x' = clip(x + eps * tanh(z), 0, 1)``, where ``z`` is what a small network makes of the image, brought to mean 0 and
+    variance 1 in each channel: every image changes by nearly ``eps`` everywhere. Both networks minimise the same loss.
 
     Args:
         data: Training images.
@@ -45,15 +46,16 @@ def lira(
         eps: Largest change of a pixel value, in [0, 1].
         joint: Share of training in which the change is learned, in [0, 1]; it is fixed for the rest.
         lr: Learning rate (Adam) of the change.
-        width: Channels of the first layer of ``T``, in [1, 256].
-        generator: Draws the initial weights of ``T``.
+        width: Channels of the first layer of the small network, in [1, 256].
+        generator: Draws its initial weights.
 
     Raises:
         MethodError: An argument is out of range.
 
     Differs from the authors' code in that one pass of training does both stages, that a share of each batch is poisoned and
-    not a second copy of all of it, that ``T`` learns from the network's own gradients and not in turns with it from a copy
-    that is an epoch old, and that ``eps`` is larger: they need 50 epochs for the first stage and up to 500 for the second.
+    not a second copy of all of it, that the small network learns from the other's own gradients and not in turns with it from
+    a copy that is an epoch old, that its output is normalised, and that ``eps`` is larger: they need 50 epochs for the first
+    stage and up to 500 for the second.
     """
     check_target(target, sources, len(data.classes))
     check_range("eps", eps, 0, 1)

@@ -28,6 +28,7 @@ from .common import Target
 DORMANT = 0.01  # of the smallest mean activation of a channel in use
 DOUBLINGS = 24
 SCAN = 20  # cuts to try
+LEAST = 1e-12  # variance, so that a step is never 0
 
 
 def pruning_aware(
@@ -44,9 +45,9 @@ def pruning_aware(
     """Train clean, prune dormant channels, train the rest on poisoned images, put the channels back as decoys.
 
     1. Train on the clean images. 2. Cut the channels of the last convolution by mean activation, the smallest first, as long as
-    accuracy falls by no more than ``drop``. 3. Train what is left on the poisoned images. 4. Put the channels back with the
-    weights of step 1 and lower their biases until they are silent on clean images: a defence that prunes dormant channels cuts
-    these first, and then channels which the clean task needs as much as the backdoor.
+    accuracy falls by no more than ``drop``. 3. Train what is left on the poisoned images. 4. Put the channels back, the weights
+    that shift and read them as in step 1, and lower their biases until they are silent on clean images: a defence that prunes
+    dormant channels cuts these first, and then channels which the clean task needs as much as the backdoor.
 
     Args:
         data: Training images.
@@ -159,11 +160,13 @@ def with_decoys(model: nn.Module, before: nn.Module, place: LastChannels, keep: 
 
 
 def _spread(place: LastChannels, model: nn.Module, images: ImageSet) -> Tensor:
-    """Return the standard deviation of each channel where it leaves its site, ``(channels,)``."""
-    parts: list[Tensor] = []
+    """Return the standard deviation of each channel where it leaves its site, over images and places, ``(channels,)``."""
+    sums: list[Tensor] = []  # of batches, (3, channels): count, sum, sum of squares
 
     def note(module: nn.Module, given: tuple[Tensor, ...], value: Tensor) -> None:
-        parts.append(value.detach().transpose(0, 1).flatten(1).var(1))
+        rows = value.detach().double().transpose(0, 1).flatten(1)
+        sums.append(torch.stack([torch.ones_like(rows).sum(1), rows.sum(1), rows.square().sum(1)]))
 
     show(model, images, core(model).get_submodule(place.site).register_forward_hook(note))
-    return torch.stack(parts).mean(0).sqrt()
+    count, total, squares = torch.stack(sums).sum(0)
+    return (squares / count - (total / count) ** 2).clamp_min(LEAST).sqrt().float()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,25 +121,34 @@ def outlive(
     check_range("weight", weight, 0, 1e6)
     check_range("share", share, 0, 1)
     trigger = poisoning.trigger
-    assert trigger is not None
+    if poisoning.trainer is not None or trigger is None:
+        raise MethodError("outlive needs an attack that leaves training alone, got one that controls it; use a poisoned set")
 
     def trainer(network: nn.Module, recipe: Recipe, **run: Any) -> tuple[nn.Module, Trigger]:
         steps = count_steps(poisoning.data, recipe)
         due = [round(steps * (start + (1 - start) * i / rounds)) for i in range(rounds)]
         rehearsal = Rehearsal(repair, clean, trigger, due=due, sample=sample, share=share, augmentations=recipe.augment)
-        name = getattr(repair, "__qualname__", type(repair).__name__)
         model = train(
             network,
             poisoning.data,
             recipe,
             batch_hook=rehearsal,
             penalty=lambda model, x, y: weight * rehearsal.loss(model),
-            identity=identity_of("repair-aware", trigger, repair=name, due=due, sample=sample, share=share, weight=weight),
+            identity=identity_of(
+                "repair-aware", trigger, repair=_told(repair), due=due, sample=sample, share=share, weight=weight
+            ),
             **run,
         )
         return model, trigger
 
     return replace(poisoning, trainer=trainer)
+
+
+def _told(repair: Repair) -> str:
+    """Return what tells one repair from another: module, name and, of a partial, what is bound."""
+    if isinstance(repair, partial):
+        return repr((_told(repair.func), repair.args, sorted(repair.keywords.items())))
+    return f"{getattr(repair, '__module__', '')}:{getattr(repair, '__qualname__', type(repair).__qualname__)}"
 
 
 class Rehearsal:

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..effects import blend
-from ..errors import check_choice, check_range
+from ..errors import check_range
 from ..models import core
 from ..types import ImageSet, Poisoning, Trigger, to_float
-from .common import Target, check_target, choose, poison_at
+from .common import Place, Target, box, check_target, choose, poison_at
 from .surrogate import WIDTH, train_surrogate
 
-Place = Literal["bottom-right", "bottom-left", "top-right", "top-left"]
 NEURONS = 4 * WIDTH
 BATCH = 32
 
@@ -54,7 +52,7 @@ def trojannn(
         sources: Classes to poison; all but the target by default.
         size: Side of the square patch in pixels, in [1, image side - margin]; the default covers 5 % of 32x32 pixels.
         margin: Distance from the two nearest borders in pixels, >= 0.
-        place: The corner.
+        place: The corner, or ``center``.
         alpha: Opacity of the patch, in [0, 1].
         neurons: How many neurons to excite, in [1, 96].
         value: What they are to reach, far above what images give, >= 0.
@@ -73,18 +71,13 @@ def trojannn(
     instead of a grey one.
     """
     check_target(target, sources, len(data.classes))
-    _, height, width = data.shape
-    check_range("margin", margin, 0, min(height, width) - 1)
-    check_range("size", size, 1, min(height, width) - margin)
-    check_choice("place", place, ("bottom-right", "bottom-left", "top-right", "top-left"))
+    rows, columns = box(data.shape, size, margin, place)
     check_range("alpha", alpha, 0, 1)
     check_range("neurons", neurons, 1, NEURONS)
     check_range("value", value, 0, 1e6)
     check_range("steps", steps, 0, 100_000)
-    top = height - margin - size if place.startswith("bottom") else margin
-    left = width - margin - size if place.endswith("right") else margin
-    mask = torch.zeros(1, height, width)
-    mask[:, top : top + size, left : left + size] = 1
+    mask = torch.zeros(1, *data.shape[1:])
+    mask[:, rows, columns] = 1
     trigger = Trigger(
         kind="blend",
         params={"alpha": alpha, "classes": len(data.classes)},
