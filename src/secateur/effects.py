@@ -164,6 +164,7 @@ class Stamp(nn.Module):
         return (1 - mask) * x + mask * self.pattern(x)
 
 
+PART = 128  # images at once on a CPU: their values inside the network then stay in its cache, which is twice as fast
 NETS: Mapping[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "residual": (Residual, ("channels", "width", "eps", "bits")),
     "stamp": (Stamp, ("channels", "width")),
@@ -198,4 +199,6 @@ def generate(x: Tensor, params: Mapping[str, float | int | str], tensors: Mappin
     """Run the images through the generator of ``params`` with the weights ``tensors``."""
     net = build_net(params)
     net.load_state_dict({name: value.to(x) for name, value in tensors.items()}, assign=True)
-    return net.requires_grad_(False)(x)
+    net.requires_grad_(False)
+    parts = x.split(PART) if x.device.type == "cpu" and len(x) > PART else (x,)
+    return torch.cat([net(part) for part in parts]) if len(parts) > 1 else net(x)
