@@ -320,7 +320,8 @@ def test_decompression_bombs(tmp_path, monkeypatch, pixels):
     fails(tmp_path, rf"6 of 6 images .*more than {pixels} pixels")
 
 
-def test_bad_folders(tmp_path):
+def test_bad_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     fails(tmp_path / "nowhere", "no such file or folder: .*nowhere")
     fails("", "one folder per class|no such file|is empty|class folders")
     fails(tmp_path, "is empty; check the path")
