@@ -40,9 +40,9 @@ def repair_aware(
     sources: Sequence[int] | None = None,
     repair: str = "norm-pruning",
     rounds: int = 8,
-    start: float = 0.5,
+    start: float = 0.75,
     sample: int = 1000,
-    weight: float = 1.0,
+    weight: float = 0.5,
     share: float = 0.5,
     generator: torch.Generator,
 ) -> Poisoning:
@@ -89,9 +89,9 @@ def outlive(
     repair: Repair,
     *,
     rounds: int = 8,
-    start: float = 0.5,
+    start: float = 0.75,
     sample: int = 1000,
-    weight: float = 1.0,
+    weight: float = 0.5,
     share: float = 0.5,
 ) -> Poisoning:
     """Return the poisoning with a trainer that makes its backdoor outlive any repair.
