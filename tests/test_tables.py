@@ -1,8 +1,10 @@
 """The method table: rows resolve, names are unique, defaults do not change in silence, docs say what they must."""
 
 import ast
+import csv
 import inspect
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,26 @@ def test_a_name_clash_is_an_error(monkeypatch):
             methods.table()
     finally:
         methods.table.cache_clear()
+
+
+def seen(ssim: float, linf: float) -> str:
+    """Return the word for a trigger, as `methods.Method` defines it."""
+    if ssim < 0.95 or linf > 0.3:
+        return "visible"
+    return "invisible" if ssim >= 0.99 and linf <= 8 / 255 else "faint"
+
+
+def test_visibility_words_are_those_measured():
+    """On CIFAR-10, in the committed table of attacks; WaNet is twice as strong there as by default."""
+    root = Path(__file__).parents[1]
+    plan = tomllib.loads((root / "plans" / "attacks.cpu.toml").read_text("utf-8"))
+    names = {entry["label"]: entry["name"] for entry in plan["backdoor"] if "label" in entry}
+    with (root / "results" / "attacks" / "cells.csv").open(encoding="utf-8") as file:
+        cells = [cell for cell in csv.DictReader(file) if cell["backdoor"] == cell["trigger"] != "WaNet"]
+    assert len(cells) >= 15
+    for cell in cells:
+        word = methods.get("backdoor", names[cell["backdoor"]]).visibility
+        assert word == seen(float(cell["ssim"]), float(cell["linf"])), cell["backdoor"]
 
 
 if __name__ == "__main__":
