@@ -21,8 +21,8 @@ def spy(monkeypatch):
     """Replace the repair by one that remembers what it was given and changes nothing."""
     seen = {}
 
-    def fake(model, clean, **settings):
-        seen.update(model=model, clean=clean, **settings)
+    def fake(model, clean, *, on_step, **settings):
+        seen.update(model=model, clean=clean, on_step=on_step, **settings)
         return Repaired(model, None)
 
     monkeypatch.setattr(methods.Method, "load", lambda self: fake)
@@ -143,3 +143,21 @@ def test_what_cannot_be_measured_is_told_before_the_training(backdoor, chosen, i
     padded = ImageSet(torch.nn.functional.pad(test.x, (2, 2, 2, 2)), test.y, test.classes)
     with pytest.raises(ModelError, match=r"^the network takes images of shape \(1, 12, 12\), got \(1, 16, 16\)"):
         runs.train(images, test=padded, backdoor_settings=chosen, **settings)
+
+
+@pytest.mark.parametrize("row", methods.table("repair"), ids=lambda row: row.name)
+def test_every_repair_makes_a_whole_run(row, victim, schema):
+    """As the command line calls it, with progress."""
+    steps = []
+    run = runs.repair(
+        victim.model,
+        victim.clean,
+        method=row.name,
+        arguments=row.quick,
+        test=victim.test,
+        trigger=victim.trigger,
+        on_step=lambda step, total: steps.append(step),
+    )
+    schema.validate(json.loads(to_json(run.result)))
+    assert run.result.method["name"] == row.name
+    assert bool(steps) == ("epochs" in row.quick)

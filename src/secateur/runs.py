@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def repair(
         trigger: Measured as well, when given; the method never sees it.
         seed: Of all randomness.
         command: The command line, for the record.
-        on_step: Progress of fine-tuning.
+        on_step: Progress of fine-tuning, of repairs that do any.
 
     Raises:
         DataError: All test images are also among the clean ones.
@@ -125,7 +126,9 @@ def repair(
     before = measure(model, measured, trigger)
     check_better_than_chance(before, measured)
     start = time.perf_counter()
-    repaired = row.load()(model, seen, **chosen, on_step=on_step, generator=random)
+    function = row.load()
+    watched = {"on_step": on_step} if "on_step" in signature(function).parameters else {}  # only what trains has steps
+    repaired = function(model, seen, **chosen, **watched, generator=random)
     seconds = time.perf_counter() - start
     final, removal, checks = _remove(repaired, measured)
     mask = (removal.mask if removal.mask.keep else None) if removal else repaired.mask

@@ -31,10 +31,13 @@ class LastChannels:
     channels: Tensor
 
     def mask(self, model: nn.Module, keep: Tensor) -> WeightMask:
-        """Return the mask that takes channels from their reader; ``keep`` bool ``(channels,)``."""
+        """Return the mask that takes channels from their reader; ``keep`` bool ``(channels,)``.
+
+        It is a view of one row, so that many masks of a large layer cost little.
+        """
         weight = core(model).get_parameter(f"{self.reader}.weight")
         columns = keep[self.channels].reshape(1, -1, *[1] * (weight.ndim - 2))
-        return WeightMask({f"{self.reader}.weight": columns.expand(weight.shape).clone()})
+        return WeightMask({f"{self.reader}.weight": columns.expand(weight.shape)})
 
     def activations(self, model: nn.Module, images: ImageSet) -> Tensor:
         """Return each channel's mean absolute value as its reader sees it, float64 ``(channels,)``."""
