@@ -56,7 +56,8 @@ def same(a, b):
 def run(row, model, images):
     """Call a row as its kind is called, with its test settings."""
     first = (images,) if row.kind == "backdoor" else (model, images)
-    return row.load()(*first, **row.quick, generator=generator(3))
+    suspect = {"suspect": images} if "suspect" in row.needs else {}
+    return row.load()(*first, **suspect, **row.quick, generator=generator(3))
 
 
 def tensors(value):

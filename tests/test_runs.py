@@ -1,5 +1,6 @@
 """Whole runs: the record tells the truth, and nothing a defence must not see reaches it."""
 
+import inspect
 import json
 from dataclasses import replace
 
@@ -156,8 +157,10 @@ def test_every_repair_makes_a_whole_run(row, victim, schema):
         arguments=row.quick,
         test=victim.test,
         trigger=victim.trigger,
+        suspect=victim.test if "suspect" in row.needs else None,
         on_step=lambda step, total: steps.append(step),
     )
     schema.validate(json.loads(to_json(run.result)))
     assert run.result.method["name"] == row.name
-    assert bool(steps) == ("epochs" in row.quick)
+    assert bool(steps) == ("on_step" in inspect.signature(row.load()).parameters)
+    assert ("suspect" in run.result.data) == ("suspect" in row.needs)

@@ -22,7 +22,7 @@ Visibility = Literal["visible", "faint", "invisible"]
 Kind = Literal["backdoor", "evasion", "detector", "score", "repair", "compressor"]
 KINDS: tuple[Kind, ...] = ("backdoor", "evasion", "detector", "score", "repair", "compressor")
 ENTRY_POINTS = "secateur.methods"
-NOT_SETTINGS = frozenset({"generator", "on_step", "granularity"})
+NOT_SETTINGS = frozenset({"generator", "on_step", "granularity", "suspect"})
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,22 @@ TABLE: tuple[Method, ...] = (
     Method("score", "l1", "secateur.prune.magnitude:l1", 1, "ICLR 2017, arXiv:1608.08710"),
     Method("score", "l2", "secateur.prune.magnitude:l2", 1, "ICLR 2017, arXiv:1608.08710"),
     Method("score", "random", "secateur.prune.magnitude:random", 1, "control"),
+    Method("repair", "anp", "secateur.repair.anp:anp", 1, "NeurIPS 2021, arXiv:2110.14430", {"iterations": 8}),
     Method("repair", "clp", "secateur.repair.clp:clp", 1, "ECCV 2022, arXiv:2208.03111", {"u": 1.0}),
     Method(
         "repair", "fine-pruning", "secateur.repair.fine_pruning:fine_pruning", 1, "RAID 2018, arXiv:1805.12185", {"epochs": 1},
     ),
     Method("repair", "fine-tuning", "secateur.repair.fine_tuning:fine_tuning", 1, "baseline", {"epochs": 1}),
     Method(
+        "repair", "ims", "secateur.repair.ims:ims", 1, "NeurIPS 2025, arXiv:2509.15497",
+        {"initial_rounds": 3, "rounds": 3, "inner_steps": 2, "batch_size": 32},
+    ),
+    Method(
         "repair", "norm-pruning", "secateur.repair.norm_pruning:norm_pruning", 1, "IC3 2023, doi:10.1145/3607947.3608057",
         {"fraction": 0.25, "epochs": 1},
+    ),
+    Method(
+        "repair", "rnp", "secateur.repair.rnp:rnp", 1, "ICML 2023, arXiv:2305.14876", {"unlearn_epochs": 2, "epochs": 2},
     ),
 )  # fmt: skip
 
@@ -198,3 +206,11 @@ def settings(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
         check_type(name, value, annotations[name])
     defaults = {p.name: ast.literal_eval(p.default) for p in known if p.default is not None}
     return {**defaults, **given}
+
+
+def check_suspect(method: Method, *, given: bool) -> None:
+    """Raise `MethodError` unless possibly poisoned images are given exactly when the method needs some."""
+    if ("suspect" in method.needs) and not given:
+        raise MethodError(f"'{method.name}' needs possibly poisoned images, such as a part of the training set; give --suspect")
+    if given and "suspect" not in method.needs:
+        raise MethodError(f"'{method.name}' reads no possibly poisoned images; leave --suspect out")

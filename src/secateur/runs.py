@@ -26,7 +26,7 @@ from .compress import Removal, remove_channels
 from .data import count_shared, holdout
 from .errors import DataError, InconclusiveError, MethodError, ModelError
 from .measure import Evaluation, Visibility, cost, evaluate, predict, visibility
-from .methods import get, settings
+from .methods import check_suspect, get, settings
 from .models import Classifier, build, core
 from .models.factory import call_factory, import_factory
 from .models.weights import count_outputs
@@ -86,6 +86,7 @@ def repair(
     arguments: Mapping[str, Any] | None = None,
     test: ImageSet | None = None,
     trigger: Trigger | None = None,
+    suspect: ImageSet | None = None,
     seed: int = 0,
     command: Sequence[str] = (),
     on_step: OnStep | None = None,
@@ -102,6 +103,7 @@ def repair(
         arguments: Its settings; the rest are defaults.
         test: Images to measure on.
         trigger: Measured as well, when given; the method never sees it.
+        suspect: Possibly poisoned images, for methods that need some.
         seed: Of all randomness.
         command: The command line, for the record.
         on_step: Progress of fine-tuning, of repairs that do any.
@@ -109,11 +111,12 @@ def repair(
     Raises:
         DataError: All test images are also among the clean ones.
         InconclusiveError: The network is no better than chance on the images.
-        MethodError: Unknown method or setting.
+        MethodError: Unknown method or setting, or suspect images missing or of no use.
         ModelError: The images do not fit the network.
     """
     row = get("repair", method)
     chosen = settings(row, arguments or {})
+    check_suspect(row, given=suspect is not None)
     random = generator(seed)
     seen, measured = (clean, test) if test is not None else holdout(clean, HOLDOUT, generator=random)
     shared = count_shared(measured, seen)
@@ -123,12 +126,15 @@ def repair(
         )
     check_fit(model, seen)
     check_fit(model, measured)
+    if suspect is not None:
+        check_fit(model, suspect)
     before = measure(model, measured, trigger)
     check_better_than_chance(before, measured)
     start = time.perf_counter()
     function = row.load()
     watched = {"on_step": on_step} if "on_step" in signature(function).parameters else {}  # only what trains has steps
-    repaired = function(model, seen, **chosen, **watched, generator=random)
+    needed = {} if suspect is None else {"suspect": suspect}
+    repaired = function(model, seen, **chosen, **needed, **watched, generator=random)
     seconds = time.perf_counter() - start
     final, removal, checks = _remove(repaired, measured)
     mask = (removal.mask if removal.mask.keep else None) if removal else repaired.mask
@@ -140,7 +146,7 @@ def repair(
         tool=tool(),
         environment=environment(model),
         inputs=_inputs(model),
-        data={"clean": _describe(seen), "test": _describe(measured)},
+        data={"clean": _describe(seen), "test": _describe(measured), **({"suspect": _describe(suspect)} if suspect else {})},
         method={"name": row.name, "version": row.version, "args": chosen, "seed": seed},
         before=before,
         after=measure(final, measured, trigger),

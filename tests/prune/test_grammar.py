@@ -104,7 +104,7 @@ def test_unresolvable_drop_says_what_to_do_and_ends_in_3():
         cut_until(model, clean, ranking_of(model), Until(0.02, step=0.1))
     assert caught.value.exit_code == 3
     assert "a drop of 0.02 cannot be resolved on 40 clean images: 3 lost against 0 gained" in str(caught.value)
-    assert "give more images, a larger drop, or a fixed fraction" in str(caught.value)
+    assert "give more images, a larger drop, or a fixed amount" in str(caught.value)
 
 
 def test_five_lost_and_none_gained_are_enough():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..poison import train_victim
 from ..poison.common import unpoisoned
 from ..recipe import read_recipe
 from ..state import generator
-from ..types import ChannelMask, ImageSet, Poisoning, WeightMask
+from ..types import ChannelMask, ImageSet, Poisoning, WeightMask, to_float
 from .nodes import Node
 from .plan import NONE
 from .store import read_config, read_result
@@ -132,11 +132,31 @@ def _defend(work: Work, kind: Kind) -> dict[str, Any]:
     model = _model(work)
     clean = _clean(work, args["clean"])
     method = get(kind, work.node.method)
-    done = method.load()(model, clean, **args["settings"], generator=work.generator)
+    given = {"suspect": _suspect(work, len(clean))} if "suspect" in method.needs else {}
+    done = method.load()(model, clean, **given, **args["settings"], generator=work.generator)
     mask = done.mask if isinstance(done.mask, WeightMask | ChannelMask) else None
     step = {"method": method.name, "version": method.version, "args": dict(args["settings"])}
     save(done.model.cpu(), work.folder / "model", masks=mask, steps=[step])
     return {"clean": len(clean), "log": dict(done.log), "notes": list(done.notes)}
+
+
+def _suspect(work: Work, size: int) -> ImageSet:
+    """Return training images of a victim of which as many carry its trigger as of those that it was trained on."""
+    images = _training_images(work)
+    [index] = stratified(images.y, [size], generator=work.generator)
+    images = images.subset(index, "suspect images")
+    victim = read_config(work.parents["model"])
+    if victim.method == NONE:
+        return images
+    chosen, trigger = victim.args["settings"], load_trigger(work.parents["model"] / "trigger")
+    relabelled = get("backdoor", victim.method).access != "images" and not chosen.get("clean_label", False)
+    candidates = (trigger.eligible(images.y) if relabelled else trigger.labels(images.y) == images.y).nonzero().flatten()
+    count = round(chosen["rate"] * (size if relabelled else len(candidates)))
+    poisoned = candidates[torch.randperm(len(candidates), generator=work.generator)[:count]]
+    x, y = images.x.clone(), images.y.clone()
+    x[poisoned] = trigger.apply(to_float(x[poisoned])).mul(255).round().to(torch.uint8)
+    y[poisoned] = trigger.labels(y[poisoned]) if relabelled else y[poisoned]
+    return replace(images, x=x, y=y)
 
 
 def _model(work: Work) -> Classifier:

@@ -32,6 +32,7 @@ def repair(
     set: Settings = None,
     test: str | None = None,
     trigger: Path | None = None,
+    suspect: str | None = None,
     limit: int | None = None,
     resize: Flag = False,
     max_asr: float | None = None,
@@ -51,6 +52,7 @@ def repair(
         set: A setting of the method, name=value; may be repeated.
         test: Labelled images to measure on; without them a fifth of the clean images is held out.
         trigger: Folder of a known trigger: attack success is then measured as well.
+        suspect: Possibly poisoned images, for the methods that need some ("ep").
         limit: Use at most this many clean images.
         resize: Resize all images to the size that the network takes.
         max_asr: Exit with 1 when attack success afterwards is above this rate, e.g. 0.05.
@@ -61,10 +63,12 @@ def repair(
     reading = model_flags.look(model)
     from .. import runs
     from ..data import load_data, load_trigger
-    from ..methods import get, settings
+    from ..methods import check_suspect, get, settings
 
     arguments = assignments(set)
-    settings(get("repair", method), arguments)
+    row = get("repair", method)
+    settings(row, arguments)
+    check_suspect(row, given=suspect is not None)
     if model.is_dir() and (model / "masks.safetensors").exists():
         say("note: the masks of an earlier repair are not held by this one: what was masked may come back")
     device = run_flags.set_up()
@@ -78,6 +82,7 @@ def repair(
             arguments=arguments,
             test=load_data(test, size=size, classes=network.classes) if test else None,
             trigger=load_trigger(trigger) if trigger else None,
+            suspect=load_data(suspect, size=size, classes=network.classes) if suspect else None,
             seed=run_flags.seed,
             command=["secateur", *sys.argv[1:]],
             on_step=on_step,

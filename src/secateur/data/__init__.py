@@ -10,6 +10,7 @@ from ..types import ImageSet
 from .arrays import save_npz
 from .augment import augment, random_crop, random_flip
 from .readers import load_data
+from .sampling import sample
 from .splits import count_shared, holdout, split_clean, stratified
 from .triggers import load_trigger, save_trigger
 
@@ -22,6 +23,7 @@ __all__ = [
     "load_trigger",
     "random_crop",
     "random_flip",
+    "sample",
     "save_npz",
     "save_trigger",
     "split_clean",

@@ -1,7 +1,7 @@
 """The grammar of pruning: scores, order, scope, amount, edit, heal."""
 
 from . import magnitude
-from .grammar import Sentence, apply_and_heal, cut_until, first_crossing, prune
+from .grammar import Sentence, apply_and_heal, cut_until, first_crossing, follow, prune
 from .layers import choose_layers, prunable_layers
 from .mask import apply_mask, carry_over, collapsed, parameter_masks, removed
 from .select import Below, Compression, Count, Fraction, Outliers, Ranking, Until, rank, select
@@ -22,6 +22,7 @@ __all__ = [
     "collapsed",
     "cut_until",
     "first_crossing",
+    "follow",
     "magnitude",
     "parameter_masks",
     "prunable_layers",

@@ -6,9 +6,9 @@ Every pruning method of the project is a call of `prune` with its own score and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -126,30 +126,62 @@ def cut_until(
         InconclusiveError: The crossing is not significant.
         MethodError: ``drop`` or ``step`` is out of range.
     """
-    evaluator = Incremental(model, clean)
     shares = (0.0, *_shares(until.step))
-    masks = [ranking.cut(Fraction(share)) for share in shares]
-    rates, chosen = first_crossing((evaluator.correct(masked_values(model, mask, edit=edit)) for mask in masks), until.drop)
-    tried = zip(shares, masks, rates, strict=False)
-    return tuple(Candidate(share, sum(removed(mask).values()), mask, rate) for share, mask, rate in tried), masks[chosen]
+    cuts = {share: ranking.cut(Fraction(share)) for share in shares}
+    path, mask, note = follow(model, clean, cuts, until.drop, edit=edit)
+    if note:
+        raise InconclusiveError(note)
+    return path, mask
 
 
-def first_crossing(answers: Iterable[Tensor], drop: float) -> tuple[list[Rate], int]:
+def follow(
+    model: nn.Module, clean: ImageSet, cuts: Mapping[float, HardMask], drop: float, *, edit: Edit = "weight+bias"
+) -> tuple[tuple[Candidate, ...], HardMask, str]:
+    """Try ever larger cuts until clean accuracy has fallen by ``drop``.
+
+    Args:
+        model: The network before any cut.
+        clean: Images to judge on.
+        cuts: Amount -> mask, the smallest first; the accuracy before is that of the first of them.
+        drop: Accuracy that may be lost, in [0, 1].
+        edit: What happens to a cut channel's site.
+
+    Returns:
+        The candidates up to the one that crossed, the mask chosen, and a note where the crossing may be chance (otherwise
+        empty); see `first_crossing`.
+    """
+    evaluator = Incremental(model, clean)
+    crossing = first_crossing((evaluator.correct(masked_values(model, mask, edit=edit)) for mask in cuts.values()), drop)
+    tried = zip(cuts.items(), crossing.rates, strict=False)
+    path = tuple(Candidate(amount, sum(removed(mask).values()), mask, rate) for (amount, mask), rate in tried)
+    return path, list(cuts.values())[crossing.chosen], crossing.note
+
+
+class Crossing(NamedTuple):
+    """Where a series of ever larger cuts costs too much.
+
+    Attributes:
+        rates: The accuracy at each step up to the one that crossed.
+        chosen: The number of the last step before it (of the last step, when none crossed).
+        note: Why the crossing may be chance; empty when it is significant.
+    """
+
+    rates: list[Rate]
+    chosen: int
+    note: str = ""
+
+
+def first_crossing(answers: Iterable[Tensor], drop: float) -> Crossing:
     """Follow a series of ever larger cuts until accuracy has fallen by ``drop``.
 
-    The crossing must be real: an exact McNemar test (one-sided, 5 %) must show more images lost than gained, or the set is too
-    small to tell any drop from chance.
+    An exact McNemar test (one-sided, 5 %) says whether more images are lost than gained, or the set is too small to tell any
+    drop from chance.
 
     Args:
         answers: Which images are answered rightly, bool ``(n,)``, before any cut and after each; read up to the crossing.
         drop: Accuracy that may be lost, in [0, 1].
 
-    Returns:
-        The accuracy at each step up to the one that crossed, and the number of the last step before it (of the last step, when
-        none crossed).
-
     Raises:
-        InconclusiveError: The crossing is not significant.
         MethodError: ``drop`` is out of range.
     """
     check_range("drop", drop, 0, 1)
@@ -159,13 +191,12 @@ def first_crossing(answers: Iterable[Tensor], drop: float) -> tuple[list[Rate], 
         rates.append(wilson(int(after.sum()), len(after)))
         lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
         if lost - gained > drop * len(after) + 1e-9:
-            if paired_p(lost, gained) > SIGNIFICANCE:
-                raise InconclusiveError(
-                    f"a drop of {drop:g} cannot be resolved on {len(after)} clean images: {lost} lost against "
-                    f"{gained} gained may be chance; give more images, a larger drop, or a fixed fraction"
-                )
-            return rates, len(rates) - 2
-    return rates, len(rates) - 1
+            note = (
+                f"a drop of {drop:g} cannot be resolved on {len(after)} clean images: {lost} lost against "
+                f"{gained} gained may be chance; give more images, a larger drop, or a fixed amount"
+            )
+            return Crossing(rates, len(rates) - 2, note if paired_p(lost, gained) > SIGNIFICANCE else "")
+    return Crossing(rates, len(rates) - 1)
 
 
 def _shares(step: float) -> Iterator[float]:

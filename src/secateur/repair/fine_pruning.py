@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..errors import check_range
+from ..errors import InconclusiveError, check_range
 from ..forward import Incremental
 from ..prune import Count, apply_and_heal, first_crossing, rank
 from ..prune.mask import masked_values
@@ -66,7 +66,9 @@ def fine_pruning(
         answers = evaluator.sweep(place.reader, cuts)
     else:
         answers = (evaluator.predict(masked_values(model, mask)) for mask in masks)
-    rates, chosen = first_crossing((answer == clean.y for answer in answers), drop)
+    rates, chosen, note = first_crossing((answer == clean.y for answer in answers), drop)
+    if note:
+        raise InconclusiveError(note)
     path = tuple(Candidate(k / ranking.size, k, masks[k], rate) for k, rate in enumerate(rates))
     healed = apply_and_heal(model, clean, masks[chosen], heal=healing(epochs, lr), on_step=on_step, generator=generator)
     return Repaired(healed.model, masks[chosen], path, {**healed.log, "channels_cut": float(chosen)}, healed.notes)
