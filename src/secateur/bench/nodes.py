@@ -2,6 +2,8 @@
 
     data -> victim -> repair -> compress -> measure
 
+    victim, repair -> oracle    (a row of its own, where a plan asks for it: see ``oracle.py``)
+
 A victim is trained once and used by every repair; the network without repair is measured as well. A benign network
 (backdoor ``none``) is measured under the trigger of every attack of the plan: the rate that is there without a backdoor.
 """
@@ -23,6 +25,7 @@ STAGES: Mapping[str, tuple[str, int]] = {  # name -> function and version; the v
     "repair": ("secateur.bench.stages:repair", 1),
     "compress": ("secateur.bench.stages:compress", 1),
     "measure": ("secateur.bench.stages:measure", 1),
+    "oracle": ("secateur.bench.stages:oracle", 1),
 }
 
 
@@ -158,6 +161,12 @@ class _Expansion:
                     for trigger, owner in shown.items():
                         end = self._measure(keys[-1], data, owner)
                         yield Cell(model.label, label, trigger, clean, repair, compress, seed, repair_seed, (*keys, end))
+                for choice, clean, repair_seed, keys in self._chosen_by_oracle(victim, data):
+                    for trigger, owner in shown.items():
+                        if owner is not None:
+                            end = self._oracle(choice, keys, data, owner)
+                            named = f"{choice.label}, chosen by ASR on test images"
+                            yield Cell(model.label, label, trigger, clean, named, NONE, seed, repair_seed, (*keys, end))
 
     def _defences(self, victim: str, data: str) -> Iterator[tuple[float | None, str, str, int | None, tuple[str, ...]]]:
         """Yield ``(clean share, repair, compressor, seed, keys)`` for the victim itself and everything done to it."""
@@ -180,13 +189,24 @@ class _Expansion:
                 for seed in self.plan.repair_seeds:
                     yield share, choice.label, seed, (victim, self._defend("repair", choice, victim, data, share, seed))
 
+    def _chosen_by_oracle(self, victim: str, data: str) -> Iterator[tuple[Choice, float, int, tuple[str, ...]]]:
+        for choice in self.plan.repairs:
+            if choice.oracle is not None:
+                for share in self.plan.data.clean:
+                    for seed in self.plan.repair_seeds:
+                        yield choice, share, seed, (victim, self._defend("repair", choice, victim, data, share, seed))
+
+    def _oracle(self, choice: Choice, keys: tuple[str, ...], data: str, trigger: str) -> str:
+        parents = {"victim": keys[0], "repair": keys[1], "data": data, "trigger": trigger}
+        return self._add("oracle", args={"drop": choice.oracle}, parents=parents)
+
     def _victim(self, model: Choice, backdoor: Choice, data: str, seed: int) -> str:
         recipe = recipe_settings(self.plan.recipe)
         args = {"model": model.name, "kwargs": model.settings, "recipe": recipe, "settings": backdoor.settings}
         return self._add("victim", backdoor, args, seed, {"data": data}, dtype=self.plan.recipe.precision)
 
     def _defend(self, stage: str, choice: Choice, model: str, data: str, share: float, seed: int) -> str:
-        args = {"clean": share, "settings": choice.settings}
+        args = {"clean": share, "settings": choice.settings, **({"path": True} if choice.oracle is not None else {})}
         return self._add(stage, choice, args, seed, {"model": model, "data": data})
 
     def _measure(self, model: str, data: str, trigger: str | None) -> str:

@@ -23,6 +23,7 @@ from ..recipe import Recipe, read_recipe
 
 FORMAT = 1
 NONE = "none"
+ORACLE = "oracle"
 METRICS = ("accuracy", "attack_success", "triggered_accuracy")
 DEVICES = ("cpu", "cuda")
 EMBEDDED = "fashion-mini"
@@ -45,6 +46,7 @@ class Choice:
         version: Version of the method; 0 for architectures and ``none``.
         uses: Scores that the settings name, and their versions where those are above 1.
         code: For a network of the user's own, where ``file.py:make`` lies; its sha256 is among the settings.
+        oracle: For a repair, the accuracy that may be lost where a cut is *also* chosen with test images and trigger.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Choice:
     version: int = 0
     uses: Mapping[str, int] = field(default_factory=dict)
     code: str | None = None
+    oracle: float | None = None
 
 
 @dataclass(frozen=True)
@@ -234,12 +237,23 @@ def _methods(axis: str, table: Mapping[str, Any]) -> Iterable[Choice]:
         _known(f"key of [[{axis}]] none", table, ("name", "label"))
         yield Choice(NONE, _typed("label", table.get("label", NONE), str), {})
         return
+    oracle = _oracle(axis, table)
+    table = {key: value for key, value in table.items() if key != ORACLE}
     method = get(AXES_KINDS[axis], name)
     annotations = {parameter.name: parameter.annotation for parameter in parameters(method)}
     sequences = {key for key, text in annotations.items() if _is_sequence(text)}
     for given, varied in _points(table, sequences):
         full = {key: _number(value, annotations.get(key, "")) for key, value in settings(method, given).items()}
-        yield Choice(name, _label(table, name, given, varied), full, method.version, _uses(full))
+        yield Choice(name, _label(table, name, given, varied), full, method.version, _uses(full), oracle=oracle)
+
+
+def _oracle(axis: str, table: Mapping[str, Any]) -> float | None:
+    if axis != "repair" or ORACLE not in table:
+        return None
+    drop = float(_typed(ORACLE, table[ORACLE], (int, float)))
+    if not 0 <= drop <= 1:
+        raise MethodError(f"{ORACLE} must lie in [0, 1]: the accuracy that a cut may cost, got {drop:g}")
+    return drop
 
 
 def _uses(settings: Mapping[str, Any]) -> dict[str, int]:

@@ -23,10 +23,12 @@ from ..methods import Kind, get
 from ..models import Classifier, load_bundle, read_arch, save
 from ..poison import train_victim
 from ..poison.common import unpoisoned
+from ..prune import apply_mask
 from ..recipe import read_recipe
 from ..state import generator
 from ..types import ChannelMask, ImageSet, Poisoning, WeightMask, to_float
 from .nodes import Node
+from .oracle import choose, load_path, save_path
 from .plan import NONE
 from .store import read_config, read_result
 
@@ -127,6 +129,20 @@ def measure(work: Work) -> dict[str, Any]:
     return {"rates": rates, "cost": size}
 
 
+def oracle(work: Work) -> dict[str, Any]:
+    """Measure the cut that somebody who knows the trigger would choose among those that a repair considered."""
+    model = _model(work, "victim")
+    test = load_data(work.parents["data"] / "test.npz")
+    masks = load_path(work.parents["repair"])
+    trigger = load_trigger(work.parents["trigger"])
+    chosen, found = choose(model, masks, test, trigger, drop=work.node.args["drop"], generator=work.generator)
+    rates = {name: asdict(rate) for name, rate in vars(found).items() if rate is not None}
+    size = {
+        name: value for name, value in asdict(cost(apply_mask(model, masks[chosen]), test.shape)).items() if value is not None
+    }
+    return {"rates": rates, "cost": size}
+
+
 def _defend(work: Work, kind: Kind) -> dict[str, Any]:
     args = work.node.args
     model = _model(work)
@@ -137,6 +153,8 @@ def _defend(work: Work, kind: Kind) -> dict[str, Any]:
     mask = done.mask if isinstance(done.mask, WeightMask | ChannelMask) else None
     step = {"method": method.name, "version": method.version, "args": dict(args["settings"])}
     save(done.model.cpu(), work.folder / "model", masks=mask, steps=[step])
+    if args.get("path"):
+        save_path([candidate.mask for candidate in done.path], work.folder)
     return {"clean": len(clean), "log": dict(done.log), "notes": list(done.notes)}
 
 
@@ -159,9 +177,9 @@ def _suspect(work: Work, size: int) -> ImageSet:
     return replace(images, x=x, y=y)
 
 
-def _model(work: Work) -> Classifier:
+def _model(work: Work, role: str = "model") -> Classifier:
     """Load the network that this node works on; a user's own code runs only if the plan names it."""
-    folder = work.parents["model"] / "model"
+    folder = work.parents[role] / "model"
     factory = read_arch(folder)["arch"]["factory"]
     code = work.source.get(factory["sha256"]) if factory else None
     return load_bundle(folder, factory=code).to(work.node.device)

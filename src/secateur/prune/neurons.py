@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from ..errors import MethodError, check_range
 from ..models import core
 from ..models.channels import trace_channels
 from ..state import seeded
-from ..types import ImageSet, Repaired, Scores, WeightMask
+from ..types import ChannelMask, HardMask, ImageSet, Mask, Repaired, Scores, WeightMask
 from .grammar import follow
 from .mask import Edit, apply_mask, collapsed, parameter_masks, removed
 from .select import Count, rank
@@ -141,8 +142,16 @@ def cut_lowest(model: nn.Module, judged: ImageSet, scores: Scores, *, drop: floa
     cut = sum(removed(channels).values())
     log = {"removed": float(cut), "removed_share": cut / ranking.size, "largest_cut": float(values[cut - 1]) if cut else 0.0}
     notes = tuple(f"layer collapse: nothing is left of '{name}'" for name in collapsed(channels)) + (note,) * bool(note)
-    mask = WeightMask(parameter_masks(model, channels, edit=edit)) if edit == "weight" else channels
+    mask: HardMask = channels
+    if edit == "weight":
+        path = tuple(replace(each, mask=_of_weights(model, each.mask)) for each in path)
+        mask = _of_weights(model, channels)
     return Repaired(apply_mask(model, mask).eval(), mask, path, log, notes)
+
+
+def _of_weights(model: nn.Module, mask: Mask) -> WeightMask:
+    assert isinstance(mask, ChannelMask)
+    return WeightMask(parameter_masks(model, mask, edit="weight"))
 
 
 def _counts(most: int) -> list[int]:

@@ -1,0 +1,118 @@
+"""The choice of somebody who knows the trigger: lowest attack success within the accuracy allowed, and only in plans."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import secateur
+from secateur.bench.nodes import expand
+from secateur.bench.oracle import AT_MOST, choose, load_path, save_path
+from secateur.bench.plan import read_plan
+from secateur.bench.source import digest
+from secateur.cli import run
+from secateur.errors import MethodError
+from secateur.measure import evaluate
+from secateur.prune import Fraction, apply_mask, magnitude, rank
+from secateur.state import generator
+from secateur.types import ChannelMask, SoftMask, WeightMask
+
+PLAN = """
+format = 1
+[data]
+name = "fashion-mini"
+clean = 0.2
+train_limit = 300
+test_limit = 100
+[[model]]
+name = "convnet"
+width = 4
+[[backdoor]]
+name = "badnets"
+[[backdoor]]
+name = "none"
+[train]
+epochs = 1
+[[repair]]
+name = "rnp"
+label = "RNP"
+oracle = 0.2
+unlearn_epochs = 2
+epochs = 2
+"""
+
+
+@pytest.fixture
+def masks(victim):
+    scores = magnitude.l1(victim.model, victim.clean, granularity="channel", generator=generator(0))
+    ranking = rank(scores, order="largest", scope="global")
+    return [ranking.cut(Fraction(i / 10)) for i in range(10)]
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3, 0.9])
+def test_the_lowest_success_within_the_accuracy_allowed(drop, victim, masks):
+    found = [evaluate(apply_mask(victim.model, mask), victim.test, trigger=victim.trigger) for mask in masks]
+    allowed = [i for i, each in enumerate(found) if each.accuracy.value >= found[0].accuracy.value - drop - 1e-9]
+    expected = min(allowed, key=lambda i: (found[i].attack_success.value, i))
+    chosen, measured = choose(victim.model, masks, victim.test, victim.trigger, drop=drop, generator=generator(0))
+    assert chosen == expected
+    assert measured == found[expected]
+
+
+def test_a_path_comes_back_with_its_ends(tmp_path, masks):
+    save_path(masks * 3, tmp_path)
+    again = load_path(tmp_path)
+    assert len(again) == AT_MOST
+    for saved, read in ((masks[0], again[0]), (masks[-1], again[-1])):
+        assert isinstance(read, ChannelMask)
+        assert all(torch.equal(saved.keep[name], read.keep[name]) for name in saved.keep)
+    weights = WeightMask({"a/b.weight": torch.tensor([[True, False]]).expand(3, 2)})
+    save_path([weights], tmp_path)
+    [read] = load_path(tmp_path)
+    assert isinstance(read, WeightMask)
+    assert torch.equal(read.keep["a/b.weight"], weights.keep["a/b.weight"])
+
+
+@pytest.mark.parametrize("path", [[], [SoftMask({"a": torch.ones(2)})]])
+def test_a_repair_without_cuts_has_nothing_to_choose_from(path, tmp_path):
+    with pytest.raises(MethodError, match=r"^this repair considers no cuts"):
+        save_path(path, tmp_path)
+
+
+def test_its_rows_stand_beside_the_honest_ones(tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN, "utf-8")
+    graph = expand(read_plan(tmp_path / "plan.toml"), digest)
+    rows = [(cell.backdoor, cell.repair) for cell in graph.cells]
+    assert rows == [
+        (backdoor, repair)
+        for backdoor in ("badnets", "none")
+        for repair in ("none", "RNP", "RNP, chosen by ASR on test images")
+    ]
+    assert sum(node.stage == "repair" for node in graph.nodes.values()) == 2
+    store, report = tmp_path / "store", tmp_path / "cells.csv"
+    assert run(["bench", "run", str(tmp_path / "plan.toml"), "--store", str(store), "--executor", "inline", "-q"]) == 0
+    assert (
+        run(["bench", "report", str(tmp_path / "plan.toml"), "--store", str(store), "--format", "csv", "-o", str(report)]) == 0
+    )
+    lines = [line for line in report.read_text("utf-8").splitlines() if "chosen by ASR" in line]
+    assert len(lines) == 2
+    assert all(",done," in line for line in lines)
+
+
+@pytest.mark.parametrize("value", ["1.5", "-0.1", '"yes"'])
+def test_the_accuracy_allowed_is_checked(value, tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN.replace("oracle = 0.2", f"oracle = {value}"), "utf-8")
+    with pytest.raises(MethodError, match=r"plan.toml: oracle must (lie in \[0, 1\]|be)"):
+        read_plan(tmp_path / "plan.toml")
+
+
+def test_no_repair_can_reach_it():
+    """Only ``bench`` imports the module."""
+    root = Path(secateur.__file__).parent
+    for file in root.rglob("*.py"):
+        names = [n for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.ImportFrom)]
+        if any("oracle" in (n.module or "") or any(a.name == "oracle" for a in n.names) for n in names):
+            assert file.relative_to(root).parts[0] == "bench"
