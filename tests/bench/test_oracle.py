@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,8 @@ name = "badnets"
 name = "none"
 [train]
 epochs = 1
+[measure]
+metrics = ["accuracy", "attack_success", "retuned_attack_success"]
 [[repair]]
 name = "rnp"
 label = "RNP"
@@ -100,6 +103,9 @@ def test_its_rows_stand_beside_the_honest_ones(tmp_path):
     lines = [line for line in report.read_text("utf-8").splitlines() if "chosen by ASR" in line]
     assert len(lines) == 2
     assert all(",done," in line for line in lines)
+    head, *rows = csv.reader(report.read_text("utf-8").splitlines())
+    place = head.index("retuned_attack_success")
+    assert all((row[place] == "") == ("chosen by ASR" in row[4]) for row in rows)
 
 
 @pytest.mark.parametrize("value", ["1.5", "-0.1", '"yes"'])

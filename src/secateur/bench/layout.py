@@ -31,7 +31,12 @@ from .tables import (
 Column = tuple[str, str, Callable[[Group], str]]  # title, the backdoor or trigger it is about, and what it shows
 Lines = Mapping[Defence, Mapping[str, Group]]  # by backdoor or trigger
 
-NAMES: Mapping[str, str] = {"accuracy": "accuracy", "attack_success": "ASR", "triggered_accuracy": "triggered accuracy"}
+NAMES: Mapping[str, str] = {
+    "accuracy": "accuracy",
+    "attack_success": "ASR",
+    "triggered_accuracy": "triggered accuracy",
+    "retuned_attack_success": "ASR after retuning",
+}
 DEFENCE = Defence._fields
 GAP = "  "
 NOTHING = "-"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from .plan import NONE, Choice, DataPlan, Plan, recipe_settings
+from .plan import NONE, RETUNED, Choice, DataPlan, Plan, recipe_settings
 
 STAGES: Mapping[str, tuple[str, int]] = {  # name -> function and version; the version goes up when results change
     "data": ("secateur.bench.stages:data", 1),
@@ -211,7 +211,8 @@ class _Expansion:
 
     def _measure(self, model: str, data: str, trigger: str | None) -> str:
         parents = {"model": model, "data": data, **({"trigger": trigger} if trigger else {})}
-        return self._add("measure", parents=parents)
+        args = {"retuned": True} if RETUNED in self.plan.metrics and trigger else {}
+        return self._add("measure", args=args, parents=parents)
 
     def _add(
         self,

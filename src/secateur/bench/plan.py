@@ -25,6 +25,7 @@ FORMAT = 1
 NONE = "none"
 ORACLE = "oracle"
 METRICS = ("accuracy", "attack_success", "triggered_accuracy")
+RETUNED = "retuned_attack_success"  # costs a fine-tuning for each row
 DEVICES = ("cpu", "cuda")
 EMBEDDED = "fashion-mini"
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -327,8 +328,8 @@ def _metrics(table: Mapping[str, Any]) -> tuple[str, ...]:
     _known("key of [measure]", table, ("metrics",))
     metrics = table.get("metrics", METRICS)
     if not isinstance(metrics, list | tuple) or not metrics:
-        raise MethodError(f"metrics must be a list of {', '.join(METRICS)}, got {metrics!r}")
-    return tuple(dict.fromkeys(_one_of("metric", metric, METRICS) for metric in metrics))
+        raise MethodError(f"metrics must be a list of {', '.join((*METRICS, RETUNED))}, got {metrics!r}")
+    return tuple(dict.fromkeys(_one_of("metric", metric, (*METRICS, RETUNED)) for metric in metrics))
 
 
 def _reported(table: Mapping[str, Any], home: Path) -> tuple[Reported, ...]:

@@ -23,13 +23,14 @@ from ..methods import Kind, get
 from ..models import Classifier, load_bundle, read_arch, save
 from ..poison import train_victim
 from ..poison.common import unpoisoned
+from ..poison.retuning import retuned_success
 from ..prune import apply_mask
 from ..recipe import read_recipe
 from ..state import generator
 from ..types import ChannelMask, ImageSet, Poisoning, WeightMask, to_float
 from .nodes import Node
 from .oracle import choose, load_path, save_path
-from .plan import NONE
+from .plan import NONE, RETUNED
 from .store import read_config, read_result
 
 MOST_SHARED = 0.01  # share of the test images that may be seen before: real data sets have a few duplicates
@@ -125,6 +126,9 @@ def measure(work: Work) -> dict[str, Any]:
     test = load_data(work.parents["data"] / "test.npz")
     trigger = load_trigger(work.parents["trigger"]) if "trigger" in work.parents else None
     rates = {name: asdict(rate) for name, rate in vars(evaluate(model, test, trigger=trigger)).items() if rate is not None}
+    if work.node.args.get("retuned") and trigger is not None:
+        clean = load_data(work.parents["data"] / "clean.npz")
+        rates[RETUNED] = asdict(retuned_success(model, clean, test, trigger, generator=work.generator))
     size = {name: value for name, value in asdict(cost(model, test.shape)).items() if value is not None}
     return {"rates": rates, "cost": size}
 

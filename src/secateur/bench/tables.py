@@ -18,14 +18,14 @@ from ..errors import DataError, MethodError, check_choice
 from ..report.wording import plain
 from . import stats
 from .nodes import COLUMNS, Cell, Graph
-from .plan import NONE, Plan, Reported
+from .plan import NONE, RETUNED, Plan, Reported
 from .store import Store, find_result
 
 State = Literal["done", "failed", "skipped", "todo"]
 FORMATS = ("text", "csv", "json", "md")
 ATTACK = "attack_success"
 RANKED = (ATTACK, "accuracy")
-LOWER = frozenset({ATTACK})  # metrics of which less is better
+LOWER = frozenset({ATTACK, RETUNED})  # metrics of which less is better
 BASELINE = "fine-tuning"
 VISIBILITY = ("l2", "linf", "ssim")
 FLOAT = "{:.4f}"
