@@ -14,7 +14,7 @@ from secateur.measure import evaluate
 from secateur.poison import train_victim
 from secateur.recipe import Recipe
 from secateur.state import generator
-from secateur.types import ChannelMask, ImageSet, Poisoning, Repaired, Scores, Trigger, WeightMask, to_float
+from secateur.types import ChannelMask, ImageSet, Poisoning, Repaired, Scores, SoftMask, Trigger, WeightMask, to_float
 
 ROWS = methods.table()
 IDS = [f"{row.kind}-{row.name}" for row in ROWS]
@@ -65,6 +65,8 @@ def tensors(value):
     if isinstance(value, Repaired):
         parts = dict(value.model.state_dict())
         return {**parts, **(tensors(value.mask) if value.mask is not None else {})}
+    if isinstance(value, SoftMask):
+        return {f"scale/{name}": scale for name, scale in value.scale.items()}
     if isinstance(value, ChannelMask | WeightMask):
         return {f"keep/{name}": keep for name, keep in value.keep.items()}
     if isinstance(value, Scores):

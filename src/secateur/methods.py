@@ -133,21 +133,50 @@ TABLE: tuple[Method, ...] = (
     Method("score", "l2", "secateur.prune.magnitude:l2", 1, "ICLR 2017, arXiv:1608.08710"),
     Method("score", "random", "secateur.prune.magnitude:random", 1, "control"),
     Method("repair", "anp", "secateur.repair.anp:anp", 1, "NeurIPS 2021, arXiv:2110.14430", {"iterations": 8}),
+    Method("repair", "awm", "secateur.repair.awm:awm", 1, "NeurIPS 2022, arXiv:2207.04497", {"rounds": 1, "iterations": 2}),
+    Method("repair", "bnp", "secateur.repair.bnp:bnp", 1, "NeurIPS 2022, OpenReview wwW-1k1ljIg"),
     Method("repair", "clp", "secateur.repair.clp:clp", 1, "ECCV 2022, arXiv:2208.03111", {"u": 1.0}),
+    Method(
+        "repair", "cnp", "secateur.repair.cnp:cnp", 1, "IEEE TIP 2025, doi:10.1109/TIP.2025.3539466",
+        {"inversion_steps": 4, "iterations": 4},
+    ),
+    Method(
+        "repair", "ep", "secateur.repair.ep:ep", 1, "NeurIPS 2022, OpenReview wwW-1k1ljIg", {"k": 0.5},
+        needs=frozenset({"suspect"}),
+    ),
     Method(
         "repair", "fine-pruning", "secateur.repair.fine_pruning:fine_pruning", 1, "RAID 2018, arXiv:1805.12185", {"epochs": 1},
     ),
     Method("repair", "fine-tuning", "secateur.repair.fine_tuning:fine_tuning", 1, "baseline", {"epochs": 1}),
+    Method("repair", "fmp", "secateur.repair.fmp:fmp", 1, "ICLR 2024, arXiv:2307.11565", {"images": 8, "epochs": 1}),
+    Method("repair", "ft-sam", "secateur.repair.ft_sam:ft_sam", 1, "ICCV 2023, arXiv:2304.11823", {"epochs": 2}),
+    Method(
+        "repair", "i-bau", "secateur.repair.i_bau:i_bau", 1, "ICLR 2022, arXiv:2110.03735", {"rounds": 1, "fixed_points": 2},
+    ),
     Method(
         "repair", "ims", "secateur.repair.ims:ims", 1, "NeurIPS 2025, arXiv:2509.15497",
         {"initial_rounds": 3, "rounds": 3, "inner_steps": 2, "batch_size": 32},
     ),
     Method(
+        "repair", "nad", "secateur.repair.nad:nad", 1, "ICLR 2021, arXiv:2101.05930",
+        {"teacher_epochs": 1, "epochs": 1, "lr": 0.01},
+    ),
+    Method(
         "repair", "norm-pruning", "secateur.repair.norm_pruning:norm_pruning", 1, "IC3 2023, doi:10.1145/3607947.3608057",
         {"fraction": 0.25, "epochs": 1},
     ),
+    Method("repair", "npd", "secateur.repair.npd:npd", 1, "NeurIPS 2023, arXiv:2306.16697", {"epochs": 1}),
+    Method(
+        "repair", "otbr", "secateur.repair.otbr:otbr", 1, "AAAI 2025, arXiv:2408.15861",
+        {"iterations": 3, "lr": 0.02, "batch_size": 32},
+    ),
     Method(
         "repair", "rnp", "secateur.repair.rnp:rnp", 1, "ICML 2023, arXiv:2305.14876", {"unlearn_epochs": 2, "epochs": 2},
+    ),
+    Method("repair", "sau", "secateur.repair.sau:sau", 1, "NeurIPS 2023, arXiv:2307.10562", {"epochs": 1, "steps": 2}),
+    Method(
+        "repair", "tsbd", "secateur.repair.tsbd:tsbd", 1, "NeurIPS 2024, arXiv:2405.20291",
+        {"unlearn_lr": 0.02, "unlearn_epochs": 2, "epochs": 1, "batch_size": 64},
     ),
 )  # fmt: skip
 

@@ -90,9 +90,11 @@ def test_its_rows_stand_beside_the_honest_ones(tmp_path):
     graph = expand(read_plan(tmp_path / "plan.toml"), digest)
     rows = [(cell.backdoor, cell.repair) for cell in graph.cells]
     assert rows == [
-        (backdoor, repair)
-        for backdoor in ("badnets", "none")
-        for repair in ("none", "RNP", "RNP, chosen by ASR on test images")
+        ("badnets", "none"),
+        ("badnets", "RNP"),
+        ("badnets", "RNP, chosen by ASR on test images"),
+        ("none", "none"),
+        ("none", "RNP"),
     ]
     assert sum(node.stage == "repair" for node in graph.nodes.values()) == 2
     store, report = tmp_path / "store", tmp_path / "cells.csv"
@@ -101,7 +103,7 @@ def test_its_rows_stand_beside_the_honest_ones(tmp_path):
         run(["bench", "report", str(tmp_path / "plan.toml"), "--store", str(store), "--format", "csv", "-o", str(report)]) == 0
     )
     lines = [line for line in report.read_text("utf-8").splitlines() if "chosen by ASR" in line]
-    assert len(lines) == 2
+    assert len(lines) == 1
     assert all(",done," in line for line in lines)
     head, *rows = csv.reader(report.read_text("utf-8").splitlines())
     place = head.index("retuned_attack_success")

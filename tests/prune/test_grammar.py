@@ -149,9 +149,12 @@ def test_sentence_with_until_on_a_real_network(trained, images, gen):
 def test_fixed_amount_is_exactly_apply_of_select(trained, images, gen, granularity, edit):
     sentence = Sentence(l1, Fraction(0.5), granularity, layers="late", edit=edit)
     repaired = prune(trained, images, sentence, generator=gen)
-    assert set(repaired.mask.keep) == ({"conv4.weight"} if granularity == "weight" else {"bn4"})
+    names = {"weight": "conv4.weight", "channel": "bn4" if edit == "weight+bias" else "bn4.weight"}
+    assert set(repaired.mask.keep) == {names[granularity]}
     assert repaired.log["removed_share"] == 0.5
-    wanted = apply_mask(trained, repaired.mask, edit=edit).state_dict()
+    wanted = apply_mask(trained, repaired.mask).state_dict()
+    silent = (repaired.model.net.bn4.bias == 0).double().mean()
+    assert silent == (0.5 if granularity == "channel" and edit == "weight+bias" else 0)
     assert all(torch.equal(value, wanted[name]) for name, value in repaired.model.state_dict().items())
     assert not repaired.model.training
 
@@ -231,7 +234,8 @@ FORBIDDEN = {"test", "trigger", "task", "train", "poisoning", "victim"}
 def test_no_defence_can_be_given_the_test_set_or_the_trigger(row):
     parameters = inspect.signature(row.load()).parameters
     data = [name for name, p in parameters.items() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-    assert data == ["model", "clean", "suspect"] if "suspect" in row.needs else ["model", "clean"]
+    assert data == ["model", "clean"]
+    assert ("suspect" in parameters) == ("suspect" in row.needs)
     assert not FORBIDDEN & set(parameters)
     assert not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 

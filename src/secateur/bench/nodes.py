@@ -11,6 +11,7 @@ A victim is trained once and used by every repair; the network without repair is
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -161,12 +162,8 @@ class _Expansion:
                     for trigger, owner in shown.items():
                         end = self._measure(keys[-1], data, owner)
                         yield Cell(model.label, label, trigger, clean, repair, compress, seed, repair_seed, (*keys, end))
-                for choice, clean, repair_seed, keys in self._chosen_by_oracle(victim, data):
-                    for trigger, owner in shown.items():
-                        if owner is not None:
-                            end = self._oracle(choice, keys, data, owner)
-                            named = f"{choice.label}, chosen by ASR on test images"
-                            yield Cell(model.label, label, trigger, clean, named, NONE, seed, repair_seed, (*keys, end))
+                for repair, clean, repair_seed, keys in self._chosen_by_oracle(victim, data) if choice.name != NONE else ():
+                    yield Cell(model.label, label, label, clean, repair, NONE, seed, repair_seed, keys)
 
     def _defences(self, victim: str, data: str) -> Iterator[tuple[float | None, str, str, int | None, tuple[str, ...]]]:
         """Yield ``(clean share, repair, compressor, seed, keys)`` for the victim itself and everything done to it."""
@@ -189,16 +186,16 @@ class _Expansion:
                 for seed in self.plan.repair_seeds:
                     yield share, choice.label, seed, (victim, self._defend("repair", choice, victim, data, share, seed))
 
-    def _chosen_by_oracle(self, victim: str, data: str) -> Iterator[tuple[Choice, float, int, tuple[str, ...]]]:
+    def _chosen_by_oracle(self, victim: str, data: str) -> Iterator[tuple[str, float, int, tuple[str, ...]]]:
+        """Yield ``(repair, clean share, seed, keys)`` where a cut is also chosen with the victim's trigger on test images."""
         for choice in self.plan.repairs:
-            if choice.oracle is not None:
-                for share in self.plan.data.clean:
-                    for seed in self.plan.repair_seeds:
-                        yield choice, share, seed, (victim, self._defend("repair", choice, victim, data, share, seed))
-
-    def _oracle(self, choice: Choice, keys: tuple[str, ...], data: str, trigger: str) -> str:
-        parents = {"victim": keys[0], "repair": keys[1], "data": data, "trigger": trigger}
-        return self._add("oracle", args={"drop": choice.oracle}, parents=parents)
+            if choice.oracle is None:
+                continue
+            for share, seed in itertools.product(self.plan.data.clean, self.plan.repair_seeds):
+                repair = self._defend("repair", choice, victim, data, share, seed)
+                parents = {"victim": victim, "repair": repair, "data": data, "trigger": victim}
+                end = self._add("oracle", args={"drop": choice.oracle}, parents=parents)
+                yield f"{choice.label}, chosen by ASR on test images", share, seed, (victim, repair, end)
 
     def _victim(self, model: Choice, backdoor: Choice, data: str, seed: int) -> str:
         recipe = recipe_settings(self.plan.recipe)

@@ -20,7 +20,7 @@ from ..models.channels import trace_channels
 from ..train import OnStep, Recipe, train
 from ..types import Candidate, Granularity, HardMask, ImageSet, Rate, Repaired, Scores
 from .layers import choose_layers, layer_of_site
-from .mask import Edit, apply_mask, collapsed, masked_values, parameter_masks, removed
+from .mask import Edit, apply_mask, collapsed, edited, masked_values, parameter_masks, removed
 from .select import Amount, Fraction, Order, Ranking, Scope, Until, rank, restrict
 
 SIGNIFICANCE = 0.05
@@ -90,8 +90,8 @@ def prune(
     if isinstance(sentence.amount, Until):
         path, mask = cut_until(model, clean, ranking, sentence.amount, edit=sentence.edit)
     else:
-        mask = ranking.cut(sentence.amount)
-    healed = apply_and_heal(model, clean, mask, edit=sentence.edit, heal=heal, on_step=on_step, generator=generator)
+        mask = edited(model, ranking.cut(sentence.amount), sentence.edit)
+    healed = apply_and_heal(model, clean, mask, heal=heal, on_step=on_step, generator=generator)
     return Repaired(healed.model, mask, path or healed.path, healed.log, healed.notes)
 
 
@@ -127,15 +127,15 @@ def cut_until(
         MethodError: ``drop`` or ``step`` is out of range.
     """
     shares = (0.0, *_shares(until.step))
-    cuts = {share: ranking.cut(Fraction(share)) for share in shares}
-    path, mask, note = follow(model, clean, cuts, until.drop, edit=edit)
+    cuts = {share: edited(model, ranking.cut(Fraction(share)), edit) for share in shares}
+    path, mask, note = follow(model, clean, cuts, until.drop)
     if note:
         raise InconclusiveError(note)
     return path, mask
 
 
 def follow(
-    model: nn.Module, clean: ImageSet, cuts: Mapping[float, HardMask], drop: float, *, edit: Edit = "weight+bias"
+    model: nn.Module, clean: ImageSet, cuts: Mapping[float, HardMask], drop: float
 ) -> tuple[tuple[Candidate, ...], HardMask, str]:
     """Try ever larger cuts until clean accuracy has fallen by ``drop``.
 
@@ -144,14 +144,13 @@ def follow(
         clean: Images to judge on.
         cuts: Amount -> mask, the smallest first; the accuracy before is that of the first of them.
         drop: Accuracy that may be lost, in [0, 1].
-        edit: What happens to a cut channel's site.
 
     Returns:
         The candidates up to the one that crossed, the mask chosen, and a note where the crossing may be chance (otherwise
         empty); see `first_crossing`.
     """
     evaluator = Incremental(model, clean)
-    crossing = first_crossing((evaluator.correct(masked_values(model, mask, edit=edit)) for mask in cuts.values()), drop)
+    crossing = first_crossing((evaluator.correct(masked_values(model, mask)) for mask in cuts.values()), drop)
     tried = zip(cuts.items(), crossing.rates, strict=False)
     path = tuple(Candidate(amount, sum(removed(mask).values()), mask, rate) for (amount, mask), rate in tried)
     return path, list(cuts.values())[crossing.chosen], crossing.note
@@ -210,20 +209,19 @@ def apply_and_heal(
     clean: ImageSet,
     mask: HardMask,
     *,
-    edit: Edit = "weight+bias",
     heal: Recipe | None,
     on_step: OnStep | None = None,
     generator: torch.Generator,
 ) -> Repaired:
     """Put a mask on a copy of ``model`` and, if asked, fine-tune it on ``clean`` with the mask held."""
-    repaired = apply_mask(model, mask, edit=edit).eval()
+    repaired = apply_mask(model, mask).eval()
     counts = removed(mask)
     at_cut = wilson(int(correct(repaired, clean).sum()), len(clean))
     size = sum(keep.numel() for keep in mask.keep.values())
     share = sum(counts.values()) / max(size, 1)
     log = {"removed": float(sum(counts.values())), "removed_share": share, "clean_accuracy_at_cut": at_cut.value}
     if heal is not None and heal.epochs > 0:
-        hold = parameter_masks(model, mask, edit=edit)
+        hold = parameter_masks(model, mask)
         repaired = train(repaired, clean, heal, hold=hold, on_step=on_step, generator=generator)
     notes = tuple(f"layer collapse: nothing is left of '{name}'" for name in collapsed(mask))
     candidate = Candidate(share, sum(counts.values()), mask, at_cut)

@@ -40,6 +40,11 @@ def parameter_masks(model: nn.Module, mask: HardMask, *, edit: Edit = "weight+bi
     return _channel_parameters(parameters, mask, edit)
 
 
+def edited(model: nn.Module, mask: HardMask, edit: Edit) -> HardMask:
+    """Return the mask that does, put on as masks are, what ``edit`` says: for ``weight``, one of the sites' weights alone."""
+    return WeightMask(parameter_masks(model, mask, edit=edit)) if edit == "weight" else mask
+
+
 def _channel_parameters(parameters: Mapping[str, Tensor], mask: ChannelMask, edit: Edit) -> dict[str, Tensor]:
     masks: dict[str, Tensor] = {}
     for site, keep in mask.keep.items():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,9 @@ from ..errors import MethodError, check_range
 from ..models import core
 from ..models.channels import trace_channels
 from ..state import seeded
-from ..types import ChannelMask, HardMask, ImageSet, Mask, Repaired, Scores, WeightMask
+from ..types import ImageSet, Repaired, Scores
 from .grammar import follow
-from .mask import Edit, apply_mask, collapsed, parameter_masks, removed
+from .mask import Edit, apply_mask, collapsed, edited
 from .select import Count, rank
 
 HELD_OUT = 0.25  # share of the clean images that chooses how much to cut
@@ -52,6 +51,11 @@ class Neurons:
     def device(self) -> torch.device:
         """Where the network lies."""
         return next(iter(self._parameters.values())).device
+
+    @property
+    def core(self) -> nn.Module:
+        """The network without its normalisation, in which sites have their names."""
+        return core(self.network)
 
     @property
     def biased(self) -> tuple[str, ...]:
@@ -137,21 +141,13 @@ def cut_lowest(model: nn.Module, judged: ImageSet, scores: Scores, *, drop: floa
     """
     ranking = rank(scores, scope="global")
     values = torch.cat([value.flatten() for value in scores.values.values()])[ranking.pools[0]]
-    cuts = {count / ranking.size: ranking.cut(Count(count)) for count in _counts(int((values < 1).sum()))}
-    path, channels, note = follow(model, judged, cuts, drop, edit=edit)
-    cut = sum(removed(channels).values())
+    counts = _counts(int((values < 1).sum()))
+    cuts = {count / ranking.size: edited(model, ranking.cut(Count(count)), edit) for count in counts}
+    path, mask, note = follow(model, judged, cuts, drop)
+    cut = next(count for count, each in zip(counts, cuts.values(), strict=True) if each is mask)
     log = {"removed": float(cut), "removed_share": cut / ranking.size, "largest_cut": float(values[cut - 1]) if cut else 0.0}
-    notes = tuple(f"layer collapse: nothing is left of '{name}'" for name in collapsed(channels)) + (note,) * bool(note)
-    mask: HardMask = channels
-    if edit == "weight":
-        path = tuple(replace(each, mask=_of_weights(model, each.mask)) for each in path)
-        mask = _of_weights(model, channels)
+    notes = tuple(f"layer collapse: nothing is left of '{name}'" for name in collapsed(mask)) + (note,) * bool(note)
     return Repaired(apply_mask(model, mask).eval(), mask, path, log, notes)
-
-
-def _of_weights(model: nn.Module, mask: Mask) -> WeightMask:
-    assert isinstance(mask, ChannelMask)
-    return WeightMask(parameter_masks(model, mask, edit="weight"))
 
 
 def _counts(most: int) -> list[int]:

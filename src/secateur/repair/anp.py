@@ -91,10 +91,14 @@ class Noise:
     weight: Mapping[str, Tensor]
     bias: Mapping[str, Tensor]
 
-    def logits(self, neurons: Neurons, factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def factors(self, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the factors of weights and of biases when this noise is added to given factors."""
+        weight = {site: given[site] + noise for site, noise in self.weight.items()}
+        return weight, {site: 1 + noise for site, noise in self.bias.items()}
+
+    def logits(self, neurons: Neurons, given: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Return the answers of a network whose neurons have these factors and this noise."""
-        weight = {site: factors[site] + noise for site, noise in self.weight.items()}
-        return neurons(x, weight, {site: 1 + noise for site, noise in self.bias.items()})
+        return neurons(x, *self.factors(given))
 
 
 def adversarial_noise(

@@ -1,0 +1,131 @@
+"""FT-SAM: fine-tuning with sharpness-aware minimisation, which moves large weights most.
+
+Zhu, Wei, Shen, Fan, Wu, "Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware Minimization", ICCV 2023
+(arXiv:2304.11823).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import state
+from ..data import sample
+from ..errors import ModelError, check_range
+from ..recipe import Recipe
+from ..train import OnStep
+from ..types import ImageSet, Repaired
+
+TINY = 1e-12
+
+
+def ft_sam(
+    model: nn.Module,
+    clean: ImageSet,
+    *,
+    epochs: int = 100,
+    lr: float = 0.01,
+    rho: float = 2.0,
+    smoothing: float = 0.1,
+    batch_size: int = 256,
+    on_step: OnStep | None = None,
+    generator: torch.Generator,
+) -> Repaired:
+    """Fine-tune with the gradient at the worst weights nearby, where nearby is measured relative to each weight.
+
+    Each step takes the gradient ``g`` at the weights ``w``, then descends along the gradient at
+    ``w + rho * w^2 * g / |w * g|`` (adaptive SAM): a ball in which large weights move most. SGD with momentum 0.9, weight decay
+    5e-4, a cosine schedule over all steps, crops and flips. The target of the loss is ``1 - smoothing`` for the true class and
+    ``smoothing / (classes - 1)`` for each other.
+
+    Args:
+        model: Takes images in [0, 1]; not changed.
+        clean: Labelled clean images.
+        epochs: Passes over them, >= 0; each step goes through the network twice.
+        lr: Largest learning rate, > 0.
+        rho: Radius of the ball, >= 0; 0 is plain fine-tuning.
+        smoothing: Of the labels, in [0, 0.5].
+        batch_size: Images per batch, >= 1.
+        on_step: Progress.
+        generator: Source of all randomness.
+
+    Raises:
+        DataError: There are no clean images.
+        MethodError: An argument is out of range.
+        ModelError: Training diverged.
+
+    Differs from the authors' code in that the cosine schedule runs once over all steps; theirs is set to 100 epochs but counts
+    batches, so that the learning rate swings up and down, once every 200 batches.
+    """
+    check_range("rho", rho, 0, 1e6)
+    check_range("smoothing", smoothing, 0, 0.5)
+    recipe = Recipe(epochs=epochs, lr=lr, batch_size=batch_size)
+    student = deepcopy(model).requires_grad_(True).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    steps = epochs * math.ceil(len(clean) / state.batch_size(batch_size))
+    device = next(student.parameters()).device
+    batches = sample(clean, batch_size, steps, augment=("crop", "flip"), device=device, generator=generator)
+    loss = math.nan
+    with state.seeded(generator):
+        for step, (x, y) in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = lr * recipe.factor((step + 0.5) / steps)
+            loss = float(sharp_gradients(student, x, y, rho=rho, smoothing=smoothing))
+            if not math.isfinite(loss):
+                raise ModelError(f"training diverged: the loss is {loss} in step {step + 1}; use a smaller lr than {lr:g}")
+            optimizer.step()
+            if on_step is not None:
+                on_step(step + 1, steps)
+    repaired = deepcopy(model).eval()
+    repaired.load_state_dict(student.state_dict())
+    return Repaired(repaired, None, log={"loss": loss} if steps else {})
+
+
+def sharp_gradients(network: nn.Module, x: Tensor, y: Tensor, *, rho: float, smoothing: float) -> Tensor:
+    """Leave in ``.grad`` the gradient at the worst weights of the ball; return the loss at the weights themselves.
+
+    Only the first of the two passes moves the running statistics of batch-norms.
+    """
+    loss = _backward(network, x, y, smoothing)
+    if rho == 0:
+        return loss
+    used = [(p, p.grad) for p in network.parameters() if p.grad is not None]
+    before = [p.detach().clone() for p, _ in used]
+    with torch.no_grad():
+        scale = rho / (torch.stack([(p * grad).norm() for p, grad in used]).norm() + TINY)
+        for p, grad in used:
+            p.add_(p.square().mul_(grad).mul_(scale))
+    with _still(network):
+        _backward(network, x, y, smoothing)
+    with torch.no_grad():
+        for (p, _), value in zip(used, before, strict=True):
+            p.copy_(value)
+    return loss
+
+
+def _backward(network: nn.Module, x: Tensor, y: Tensor, smoothing: float) -> Tensor:
+    network.zero_grad(set_to_none=True)
+    logits = network(x)
+    classes = logits.shape[1]
+    loss = F.cross_entropy(logits, y, label_smoothing=smoothing * classes / (classes - 1))
+    loss.backward()
+    return loss.detach()
+
+
+@contextmanager
+def _still(network: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of norms in train mode as they are; the norms go on using the batch's."""
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
