@@ -162,6 +162,11 @@ TABLE: tuple[Method, ...] = (
         {"teacher_epochs": 1, "epochs": 1, "lr": 0.01},
     ),
     Method(
+        "repair", "neural-cleanse", "secateur.repair.neural_cleanse:neural_cleanse", 1, "IEEE S&P 2019",
+        {"kinds": "sparse", "steps": 20, "batch_size": 8, "sizes": 1, "epochs": 1, "shortcut": 1.0, "anomaly": 0.0,
+         "unflagged": "tune"},
+    ),
+    Method(
         "repair", "norm-pruning", "secateur.repair.norm_pruning:norm_pruning", 1, "IC3 2023, doi:10.1145/3607947.3608057",
         {"fraction": 0.25, "epochs": 1},
     ),

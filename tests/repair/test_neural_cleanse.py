@@ -51,7 +51,7 @@ def test_it_is_inversion_growth_and_training(victim):
     flagged = suspected(several, **ANY).flagged
     assert first.log["flagged"] == len(flagged) > 0
     several = [each for each in several if each.target in flagged]
-    for kind in ("patch", "dense"):
+    for kind in ("patch", "dense", "smooth"):
         several += invert(victim.model, clean, flagged, kind=kind, steps=30, batch_size=8, generator=random)
     triggers = []
     for each in several:

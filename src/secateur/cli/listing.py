@@ -52,6 +52,7 @@ def describe(row: Method) -> dict[str, Any]:
         "summary": summary(row),
         "paper": row.paper,
         **attack,
+        "needs": sorted(row.needs),
         "settings": [{"name": p.name, "type": p.annotation, "default": p.default, "help": p.help} for p in found],
     }
 
@@ -61,6 +62,8 @@ def details(row: Method) -> str:
     lines = [f"{row.name} (v{row.version}; {row.paper})", f"    {summary(row)}"]
     if row.kind == "backdoor":
         lines.append(f"    access: {row.access or 'not stated'}; visibility: {row.visibility or 'not stated'}")
+    if row.needs:
+        lines.append(f"    needs: {', '.join(f'--{need}' for need in sorted(row.needs))}")
     for parameter in parameters(row):
         default = "required" if parameter.default is None else parameter.default
         lines.append(f"    --set {parameter.name}={default}  {parameter.help}")

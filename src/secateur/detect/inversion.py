@@ -26,7 +26,7 @@ from ..measure import wilson
 from ..state import evaluating, frozen
 from ..types import ImageSet, Rate, Trigger
 
-Kind = Literal["patch", "sparse", "dense"]
+Kind = Literal["patch", "sparse", "dense", "smooth"]
 Precision = Literal["float32", "bfloat16"]
 
 HELD_OUT = 0.2
@@ -34,9 +34,11 @@ AT_ONCE = 640  # triggered images in one batch
 WARM_UP = 3  # steps at the largest size
 MEMORY = 0.8  # of the running mean of the success rate
 SHRINK, GROW = 0.95, 1.03
-FIRST: Mapping[str, float] = {"patch": 0.15, "sparse": 0.15, "dense": 0.07}  # sizes to begin with, per pixel
+FIRST: Mapping[str, float] = {"patch": 0.15, "sparse": 0.15, "dense": 0.07, "smooth": 0.07}  # sizes to begin with, per pixel
 MOST = 4  # times the first size
-RATE: Mapping[str, float] = {"patch": 0.1, "sparse": 0.05, "dense": 0.2}
+RATE: Mapping[str, float] = {"patch": 0.1, "sparse": 0.05, "dense": 0.2, "smooth": 0.2}
+WIDE = ("dense", "smooth")  # their size is a root mean square
+BANDS = 0.4  # share of the frequencies, each way, that a smooth pattern has
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +100,7 @@ def invert(
     | ``patch`` | ``(1 - m) * x + m * p``, ``m`` one value per pixel | ``sum(m)`` in pixels |
     | ``sparse`` | ``clip(x + d)`` | sum over pixels of the length of ``d`` across channels |
     | ``dense`` | ``clip(x + d)`` | root mean square of ``d`` |
+    | ``smooth`` | ``clip(x + d)``, ``d`` of the lowest 40 % of the frequencies each way (cosine transform) | the same |
 
     Each step follows the gradient of the cross-entropy to the target (Adam) and projects the trigger onto those of at most
     the present size. That size shrinks by 5 % while the running success rate is at least ``goal`` and grows by 3 % otherwise.
@@ -182,13 +185,15 @@ def strengthen(
     return result
 
 
-def suspected(found: Sequence[Inverted], *, shortcut: float = 1.4, anomaly: float = 2.0) -> Suspicion:
+def suspected(found: Sequence[Inverted], *, shortcut: float = 1.4, anomaly: float = 1.5) -> Suspicion:
     """Say which classes look like targets: those whose triggers are small, by a leap, among the triggers of their kind.
 
-    Within each kind the sizes are sorted and the largest ratio of neighbours, the leap, is sought in the smallest third. A
+    Within each kind the sizes are sorted and the largest ratio of neighbours, the leap, is sought in the smallest fifth. A
     class below it is flagged when the leap is at least ``shortcut``, the class's anomaly index is at least ``anomaly`` and its
     trigger moves at least half of the held-out images. The anomaly index is the distance below the
     median, in units of 1.4826 times the median absolute deviation, of the logarithms of the sizes.
+
+    A trigger that is larger than the changes to which any network gives way, such as a strong sinusoid, does not stand out.
 
     Args:
         found: Inverted triggers of three classes or more, of one kind or several.
@@ -237,7 +242,7 @@ def _signs(group: Sequence[Inverted], shortcut: float, anomaly: float) -> Iterat
         raise MethodError(f"an outlier needs triggers of at least 3 classes, got {len(group)} of kind '{group[0].kind}'")
     logs = torch.tensor([each.size for each in group], dtype=torch.float64).log()
     ordered = logs.sort().values
-    leaps = ordered.diff()[: len(group) // 3]
+    leaps = ordered.diff()[: max(1, len(group) // 5)]
     above, leap = float(ordered[int(leaps.argmax()) + 1]), float(leaps.max())
     below = float(ordered.quantile(0.5)) - logs
     spread = 1.4826 * float(below.abs().quantile(0.5))
@@ -266,7 +271,7 @@ class _Search:
         self.half = precision == "bfloat16"
         self.targets = torch.tensor(targets, device=self.device)
         self.values = [value.to(self.device) for value in values]
-        first = FIRST[kind] * (1 if kind == "dense" else clean.shape[1] * clean.shape[2])
+        first = FIRST[kind] * (1 if kind in WIDE else clean.shape[1] * clean.shape[2])
         self.size = torch.full((len(targets),), first, device=self.device)
         self.largest = MOST * first
         self.slope = [torch.zeros_like(value) for value in self.values]
@@ -314,9 +319,10 @@ class _Search:
             kept[better] = value[better]
 
     def _descend(self, slopes: Sequence[Tensor]) -> None:
-        """Take a step of Adam; the steps of dense patterns scale with their size."""
-        rate = RATE[self.kind] * (self.size.view(-1, 1, 1, 1) if self.kind == "dense" else 1)
-        for value, given, slope, power in zip(self.values, slopes, self.slope, self.power, strict=True):
+        """Take a step of Adam; the steps of dense and smooth patterns scale with their size."""
+        rate = RATE[self.kind] * (self.size.view(-1, 1, 1, 1) if self.kind in WIDE else 1)
+        for value, raw, slope, power in zip(self.values, slopes, self.slope, self.power, strict=True):
+            given = _smooth(raw) if self.kind == "smooth" else raw
             slope.lerp_(given, 0.1)
             power.lerp_(_power(self.kind, given), 0.01)
             root = (power / (1 - 0.99**self.steps)).sqrt_().add_(1e-10)
@@ -367,8 +373,8 @@ def _stamp(kind: Kind, values: Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def _power(kind: Kind, slope: Tensor) -> Tensor:
-    """Return the squared slope; a dense pattern has one for all its pixels, so that their steps keep their proportions."""
-    return slope.square().mean((1, 2, 3), keepdim=True) if kind == "dense" else slope.square()
+    """Return the squared slope; a wide pattern has one for all its pixels, so that their steps keep their proportions."""
+    return slope.square().mean((1, 2, 3), keepdim=True) if kind in WIDE else slope.square()
 
 
 def _project(kind: Kind, values: Sequence[Tensor], size: Tensor) -> None:
@@ -379,13 +385,27 @@ def _project(kind: Kind, values: Sequence[Tensor], size: Tensor) -> None:
         mask.copy_(to_budget(mask.flatten(1), size, 1.0).view_as(mask))
         return
     [change] = values
-    if kind == "dense":
+    if kind in WIDE:
         now = change.square().mean((1, 2, 3)).sqrt()
         change.mul_((size / now.clamp(min=1e-12)).clamp(max=1).view(-1, 1, 1, 1))
         return
     change.clamp_(-1, 1)
     length = change.norm(dim=1, keepdim=True)
     change.mul_(to_budget(length.flatten(1), size).view_as(length) / length.clamp(min=1e-12))
+
+
+def _smooth(values: Tensor) -> Tensor:
+    """Take the high frequencies out, ``(..., h, w)``."""
+    rows, columns = (_low_pass(side).to(values) for side in values.shape[-2:])
+    return rows @ values @ columns
+
+
+def _low_pass(side: int) -> Tensor:
+    """Return the projection ``(side, side)`` onto the lowest frequencies of the cosine transform (DCT-II)."""
+    bands = torch.arange(max(1, round(BANDS * side)))[:, None]
+    waves = torch.cos(math.pi / side * bands * (torch.arange(side) + 0.5))
+    waves /= waves.norm(dim=1, keepdim=True)
+    return waves.T @ waves
 
 
 def to_budget(values: Tensor, budget: Tensor, top: float = math.inf) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def parameter_masks(model: nn.Module, mask: HardMask, *, edit: Edit = "weight+bi
     Raises:
         ModelError: A name or shape does not belong to this network.
     """
-    check_choice("edit", edit, ("weight+bias", "weight"))
+    check_choice("edit", edit, get_args(Edit))
     parameters = dict(core(model).named_parameters())
     if isinstance(mask, WeightMask):
         for name, keep in mask.keep.items():
@@ -41,7 +41,12 @@ def parameter_masks(model: nn.Module, mask: HardMask, *, edit: Edit = "weight+bi
 
 
 def edited(model: nn.Module, mask: HardMask, edit: Edit) -> HardMask:
-    """Return the mask that does, put on as masks are, what ``edit`` says: for ``weight``, one of the sites' weights alone."""
+    """Return the mask that does, put on as masks are, what ``edit`` says: for ``weight``, one of the sites' weights alone.
+
+    Raises:
+        MethodError: There is no such edit.
+    """
+    check_choice("edit", edit, get_args(Edit))
     return WeightMask(parameter_masks(model, mask, edit=edit)) if edit == "weight" else mask
 
 

@@ -13,6 +13,7 @@ from .ft_sam import ft_sam
 from .i_bau import i_bau
 from .ims import ims
 from .nad import nad
+from .neural_cleanse import neural_cleanse
 from .norm_pruning import norm_pruning
 from .npd import npd
 from .otbr import otbr
@@ -34,6 +35,7 @@ __all__ = [
     "i_bau",
     "ims",
     "nad",
+    "neural_cleanse",
     "norm_pruning",
     "npd",
     "otbr",

@@ -20,20 +20,22 @@ from ..train import BatchHook, OnStep, train
 from ..types import ImageSet, Repaired, Trigger
 from .fine_tuning import healing
 
-Kinds = Literal["patch", "sparse", "dense", "sparse+dense", "patch+dense", "patch+sparse", "patch+sparse+dense"]
+Kinds = Literal[
+    "patch", "sparse", "dense", "smooth", "patch+smooth", "sparse+dense", "sparse+smooth", "patch+sparse+dense+smooth"
+]
 
 
 def neural_cleanse(
     model: nn.Module,
     clean: ImageSet,
     *,
-    kinds: Kinds = "sparse+dense",
+    kinds: Kinds = "sparse+smooth",
     steps: int = 80,
     batch_size: int = 32,
     shortcut: float = 1.4,
-    anomaly: float = 2.0,
+    anomaly: float = 1.5,
     sizes: int = 3,
-    epochs: int = 4,
+    epochs: int = 8,
     lr: float = 0.01,
     share: float = 0.3,
     unflagged: Literal["leave", "tune"] = "leave",
@@ -43,7 +45,7 @@ def neural_cleanse(
 ) -> Repaired:
     """Invert a trigger for every class; fine-tune with triggers of the flagged classes on a share of the images.
 
-    For each flagged class there are triggers of all kinds (patch, sparse and dense), each at its smallest size, at twice that,
+    For each flagged class there are triggers of all kinds, each at its smallest size, at twice that,
     at four times, and so on. An image that is chosen gets one of them, drawn at random, and keeps its label.
 
     Args:
@@ -86,7 +88,7 @@ def neural_cleanse(
     hook = None
     if suspicion.flagged:
         smallest = [each for each in found if each.target in suspicion.flagged]
-        for kind in read_kinds("patch+sparse+dense"):
+        for kind in get_args(Kind):
             if kind not in kinds.split("+"):
                 smallest += look(model, clean, suspicion.flagged, kind=kind)
         grow = partial(strengthen, model, clean, batch_size=batch_size, precision=precision, generator=generator)
