@@ -39,6 +39,8 @@ def methods_page() -> str:
             told = f"Source: {row.paper}. Version {row.version}."
             if row.access and row.visibility:
                 told += f" The attacker controls {row.access}; the trigger is {row.visibility}."
+            if row.needs:
+                told += f" Needs {', '.join(f'`--{need}`' for need in sorted(row.needs))}."
             lines += [f"### {row.name}", "", f"{methods.summary(row)} {told}", ""]
             found = methods.parameters(row)
             if found:

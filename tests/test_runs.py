@@ -147,8 +147,8 @@ def test_what_cannot_be_measured_is_told_before_the_training(backdoor, chosen, i
 
 
 @pytest.mark.parametrize("row", methods.table("repair"), ids=lambda row: row.name)
-def test_every_repair_makes_a_whole_run(row, victim, schema):
-    """As the command line calls it, with progress."""
+def test_every_repair_makes_a_whole_run(row, victim, schema, tmp_path):
+    """As the command line calls it, with progress, and with a bundle and a report in the end."""
     steps = []
     run = runs.repair(
         victim.model,
@@ -164,3 +164,6 @@ def test_every_repair_makes_a_whole_run(row, victim, schema):
     assert run.result.method["name"] == row.name
     assert bool(steps) == ("on_step" in inspect.signature(row.load()).parameters)
     assert ("suspect" in run.result.data) == ("suspect" in row.needs)
+    save(run.model, tmp_path / "bundle", masks=run.mask, steps=[run.step])
+    assert torch.equal(load_bundle(tmp_path / "bundle")(torch.zeros(1, 1, 12, 12)), run.model(torch.zeros(1, 1, 12, 12)))
+    assert "html" in render(json.loads(to_json(run.result)), "html")

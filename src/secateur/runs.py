@@ -33,6 +33,7 @@ from .models.weights import count_outputs
 from .poison import train_victim
 from .poison.common import unpoisoned
 from .prune.layers import prunable_layers
+from .prune.mask import hard
 from .recipe import Recipe
 from .state import generator, seeded
 from .train import OnStep
@@ -137,7 +138,7 @@ def repair(
     repaired = function(model, seen, **chosen, **needed, **watched, generator=random)
     seconds = time.perf_counter() - start
     final, removal, checks = _remove(repaired, measured)
-    mask = (removal.mask if removal.mask.keep else None) if removal else repaired.mask
+    mask = (removal.mask if removal.mask.keep else None) if removal else hard(repaired.mask)
     step = {"method": row.name, "version": row.version, "args": chosen}
     result = Result(
         kind="repair",
@@ -440,9 +441,17 @@ def _remove(repaired: Repaired, data: ImageSet) -> tuple[Classifier, Removal | N
 
 
 def _details(model: Classifier, repaired: Repaired, removal: Removal | None) -> dict[str, Any]:
-    path = [{"amount": c.amount, "removed": c.removed, "holdout": _rate(c.holdout)} for c in repaired.path]
+    path = [
+        {"amount": c.amount, "removed": c.removed, "holdout": _rate(c.holdout), "chosen": c.mask is repaired.mask}
+        for c in repaired.path
+    ]
     notes = [*repaired.notes, *(removal.notes if removal else ())]
-    return {"path": path, "layers": _layers(model, repaired), "log": dict(repaired.log), "notes": notes}
+    return {
+        "path": path,
+        "layers": _layers(model, repaired) if hard(repaired.mask) else [],
+        "log": dict(repaired.log),
+        "notes": notes,
+    }
 
 
 def _layers(model: Classifier, repaired: Repaired) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from secateur.bench.plan import read_plan
 from secateur.bench.source import digest
 from secateur.cli import run
 from secateur.errors import MethodError
-from secateur.measure import evaluate
+from secateur.measure import evaluate, wilson
 from secateur.prune import Fraction, apply_mask, magnitude, rank
+from secateur.repair import norm_pruning
 from secateur.state import generator
-from secateur.types import ChannelMask, SoftMask, WeightMask
+from secateur.types import Candidate, ChannelMask, Repaired, SoftMask, WeightMask
 
 PLAN = """
 format = 1
@@ -65,24 +67,53 @@ def test_the_lowest_success_within_the_accuracy_allowed(drop, victim, masks):
     assert measured == found[expected]
 
 
-def test_a_path_comes_back_with_its_ends(tmp_path, masks):
-    save_path(masks * 3, tmp_path)
+def repaired(model, masks, chosen):
+    """What a repair returns that considered these masks, and then the one it chose."""
+    rate = wilson(1, 2)
+    cut = model if isinstance(chosen, SoftMask | WeightMask) else apply_mask(model, chosen)
+    return Repaired(cut, chosen, tuple(Candidate(0.1, 1, mask, rate) for mask in [*masks, chosen]))
+
+
+def test_a_path_comes_back_with_its_ends(tmp_path, victim, masks, monkeypatch):
+    save_path(victim.model, repaired(victim.model, masks * 3, masks[4]), tmp_path)
     again = load_path(tmp_path)
     assert len(again) == AT_MOST
-    for saved, read in ((masks[0], again[0]), (masks[-1], again[-1])):
+    for saved, read in ((masks[0], again[0]), (masks[4], again[-1])):
         assert isinstance(read, ChannelMask)
         assert all(torch.equal(saved.keep[name], read.keep[name]) for name in saved.keep)
     weights = WeightMask({"a/b.weight": torch.tensor([[True, False]]).expand(3, 2)})
-    save_path([weights], tmp_path)
+    monkeypatch.setattr("secateur.bench.oracle.apply_mask", lambda model, mask: model)
+    save_path(victim.model, replace(repaired(victim.model, [], weights), model=victim.model), tmp_path)
     [read] = load_path(tmp_path)
     assert isinstance(read, WeightMask)
     assert torch.equal(read.keep["a/b.weight"], weights.keep["a/b.weight"])
 
 
-@pytest.mark.parametrize("path", [[], [SoftMask({"a": torch.ones(2)})]])
-def test_a_repair_without_cuts_has_nothing_to_choose_from(path, tmp_path):
+@pytest.mark.parametrize("mask", [None, SoftMask({"a": torch.ones(2)})])
+def test_a_repair_without_cuts_has_nothing_to_choose_from(mask, victim, tmp_path):
     with pytest.raises(MethodError, match=r"^this repair considers no cuts"):
-        save_path(path, tmp_path)
+        save_path(victim.model, Repaired(victim.model, mask), tmp_path)
+
+
+def test_a_repair_that_heals_is_more_than_its_cuts(victim, tmp_path):
+    healed = norm_pruning(victim.model, victim.clean, drop=0.1, epochs=1, generator=generator(0))
+    with pytest.raises(MethodError, match=r"^this repair does more than cut"):
+        save_path(victim.model, healed, tmp_path)
+    save_path(victim.model, norm_pruning(victim.model, victim.clean, drop=0.1, epochs=0, generator=generator(0)), tmp_path)
+
+
+def test_a_repair_without_a_drop_has_no_such_row(tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN.replace('name = "rnp"', 'name = "clp"').partition("unlearn")[0], "utf-8")
+    with pytest.raises(MethodError, match=r"oracle needs a repair that chooses how much to cut"):
+        read_plan(tmp_path / "plan.toml")
+
+
+def test_its_cuts_go_further_than_the_honest_ones(tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN, "utf-8")
+    nodes = [node for node in expand(read_plan(tmp_path / "plan.toml"), digest).nodes.values() if node.stage == "repair"]
+    assert sorted((node.args["settings"]["drop"], node.args.get("path", False)) for node in nodes) == [
+        (0.02, False), (0.02, False), (0.2, True),
+    ]  # fmt: skip
 
 
 def test_its_rows_stand_beside_the_honest_ones(tmp_path):
@@ -96,7 +127,7 @@ def test_its_rows_stand_beside_the_honest_ones(tmp_path):
         ("none", "none"),
         ("none", "RNP"),
     ]
-    assert sum(node.stage == "repair" for node in graph.nodes.values()) == 2
+    assert sum(node.stage == "repair" for node in graph.nodes.values()) == 3
     store, report = tmp_path / "store", tmp_path / "cells.csv"
     assert run(["bench", "run", str(tmp_path / "plan.toml"), "--store", str(store), "--executor", "inline", "-q"]) == 0
     assert (

@@ -8,12 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from secateur.data import holdout
 from secateur.errors import DataError, MethodError
 from secateur.measure import evaluate
 from secateur.prune.neurons import Neurons
 from secateur.repair import anp
-from secateur.repair.anp import adversarial_noise
+from secateur.repair.anp import adversarial_noise, loss_under_noise
 from secateur.state import generator
 from secateur.types import to_float
 
@@ -50,12 +49,17 @@ def test_it_is_noise_that_hurts(trained, images):
     assert noisy > calm + 0.5
 
 
-def test_without_noise_it_is_the_clean_loss(trained, images):
-    """With eps = 0 the factors move along the gradient of the clean loss alone."""
-    fitted, _ = holdout(images, 0.25, generator=generator(1))
-    still = anp(trained, images, eps=0.0, trade_off=0.0, iterations=3, lr=1e-9, generator=generator(1))
-    assert still.log["removed"] == 0 or still.log["largest_cut"] > 1 - 1e-6
-    assert len(fitted) == 180
+@pytest.mark.parametrize(("eps", "trade_off"), [(0.3, 0.2), (0.3, 0.9), (0.3, 1.0), (0.0, 0.2)])
+def test_the_loss_is_shared_out_between_calm_and_noise(eps, trade_off, trained, images):
+    neurons = Neurons(trained, images.shape)
+    neurons.network.eval()
+    ones, x, y = neurons.filled(1.0), to_float(images.x[:40]), images.y[:40]
+    found = loss_under_noise(neurons, ones, x, y, eps=eps, trade_off=trade_off, generator=generator(2))
+    calm = F.cross_entropy(trained(x), y)
+    noise = adversarial_noise(neurons, ones, x, y, eps=eps, generator=generator(2))
+    noisy = F.cross_entropy(noise.logits(neurons, ones, x), y)
+    assert float(found.detach()) == pytest.approx(float((trade_off * calm + (1 - trade_off) * noisy).detach()), rel=1e-4)
+    assert eps == 0 or float(noisy.detach()) > float(calm.detach()) + 0.1
 
 
 def test_the_backdoor_goes(victim):

@@ -98,5 +98,7 @@ def test_settings_out_of_range(setting, value, tiny, images):
 
 def test_a_network_without_convolutions_is_refused(images):
     net = nn.Sequential(nn.Flatten(), nn.Linear(144, 8), nn.ReLU(), nn.Linear(8, 3))
-    with pytest.raises(MethodError, match=r"^fmp needs a network with convolutions, got one without; use another method$"):
+    with pytest.raises(
+        MethodError, match=r"^fmp needs convolutions with batch-norm or no norm behind them, got none; use another method$"
+    ):
         fmp(net, images, generator=generator(0))

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -191,8 +191,9 @@ class _Expansion:
         for choice in self.plan.repairs:
             if choice.oracle is None:
                 continue
+            further = replace(choice, settings={**choice.settings, "drop": max(choice.settings["drop"], choice.oracle)})
             for share, seed in itertools.product(self.plan.data.clean, self.plan.repair_seeds):
-                repair = self._defend("repair", choice, victim, data, share, seed)
+                repair = self._defend("repair", further, victim, data, share, seed, path=True)
                 parents = {"victim": victim, "repair": repair, "data": data, "trigger": victim}
                 end = self._add("oracle", args={"drop": choice.oracle}, parents=parents)
                 yield f"{choice.label}, chosen by ASR on test images", share, seed, (victim, repair, end)
@@ -202,8 +203,8 @@ class _Expansion:
         args = {"model": model.name, "kwargs": model.settings, "recipe": recipe, "settings": backdoor.settings}
         return self._add("victim", backdoor, args, seed, {"data": data}, dtype=self.plan.recipe.precision)
 
-    def _defend(self, stage: str, choice: Choice, model: str, data: str, share: float, seed: int) -> str:
-        args = {"clean": share, "settings": choice.settings, **({"path": True} if choice.oracle is not None else {})}
+    def _defend(self, stage: str, choice: Choice, model: str, data: str, share: float, seed: int, *, path: bool = False) -> str:
+        args = {"clean": share, "settings": choice.settings, **({"path": True} if path else {})}
         return self._add(stage, choice, args, seed, {"model": model, "data": data})
 
     def _measure(self, model: str, data: str, trigger: str | None) -> str:

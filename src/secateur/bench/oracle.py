@@ -17,21 +17,26 @@ from ..data import stratified
 from ..errors import MethodError, check_range
 from ..measure import Evaluation, evaluate
 from ..prune import apply_mask
-from ..types import ChannelMask, HardMask, ImageSet, Mask, SoftMask, Trigger, WeightMask
+from ..prune.mask import hard
+from ..types import ChannelMask, HardMask, ImageSet, Repaired, SoftMask, Trigger, WeightMask
 
 AT_MOST = 20  # cuts kept of a path
 IMAGES = 1000  # test images that choose
 FILE = "path.safetensors"
 
 
-def save_path(path: Sequence[Mask], folder: Path) -> None:
-    """Write at most `AT_MOST` of the cuts that a repair considered, evenly spread, with the first and the last.
+def save_path(model: nn.Module, repaired: Repaired, folder: Path) -> None:
+    """Write at most `AT_MOST` of the cuts that a repair of ``model`` considered, evenly spread, with the first and the last.
 
     Raises:
-        MethodError: The repair considered no cuts.
+        MethodError: The repair considered no cuts, or did more than cut.
     """
-    if not path or any(isinstance(mask, SoftMask) for mask in path):
+    path, mask = [candidate.mask for candidate in repaired.path], hard(repaired.mask)
+    if mask is None or not any(each is mask for each in path):
         raise MethodError("this repair considers no cuts: there is nothing to choose from; leave oracle out")
+    state, cut = repaired.model.state_dict(), apply_mask(model, mask).state_dict()
+    if not all(torch.equal(value, cut[name]) for name, value in state.items()):
+        raise MethodError("this repair does more than cut (it may heal): its cuts alone are not its results; leave oracle out")
     packed = {}
     for place, i in enumerate(torch.linspace(0, len(path) - 1, min(AT_MOST, len(path))).round().long().tolist()):
         mask = path[i]

@@ -245,6 +245,8 @@ def _methods(axis: str, table: Mapping[str, Any]) -> Iterable[Choice]:
     sequences = {key for key, text in annotations.items() if _is_sequence(text)}
     for given, varied in _points(table, sequences):
         full = {key: _number(value, annotations.get(key, "")) for key, value in settings(method, given).items()}
+        if oracle is not None and not isinstance(full.get("drop"), float):
+            raise MethodError(f"{ORACLE} needs a repair that chooses how much to cut, by its setting drop; '{name}' has none")
         yield Choice(name, _label(table, name, given, varied), full, method.version, _uses(full), oracle=oracle)
 
 

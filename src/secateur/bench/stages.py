@@ -25,9 +25,10 @@ from ..poison import train_victim
 from ..poison.common import unpoisoned
 from ..poison.retuning import retuned_success
 from ..prune import apply_mask
+from ..prune.mask import hard
 from ..recipe import read_recipe
 from ..state import generator
-from ..types import ChannelMask, ImageSet, Poisoning, WeightMask, to_float
+from ..types import ImageSet, Poisoning, to_float
 from .nodes import Node
 from .oracle import choose, load_path, save_path
 from .plan import NONE, RETUNED
@@ -154,11 +155,10 @@ def _defend(work: Work, kind: Kind) -> dict[str, Any]:
     method = get(kind, work.node.method)
     given = {"suspect": _suspect(work, len(clean))} if "suspect" in method.needs else {}
     done = method.load()(model, clean, **given, **args["settings"], generator=work.generator)
-    mask = done.mask if isinstance(done.mask, WeightMask | ChannelMask) else None
     step = {"method": method.name, "version": method.version, "args": dict(args["settings"])}
-    save(done.model.cpu(), work.folder / "model", masks=mask, steps=[step])
+    save(done.model.cpu(), work.folder / "model", masks=hard(done.mask), steps=[step])
     if args.get("path"):
-        save_path([candidate.mask for candidate in done.path], work.folder)
+        save_path(model, done, work.folder)
     return {"clean": len(clean), "log": dict(done.log), "notes": list(done.notes)}
 
 

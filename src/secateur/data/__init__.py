@@ -10,7 +10,7 @@ from ..types import ImageSet
 from .arrays import save_npz
 from .augment import augment, random_crop, random_flip
 from .readers import load_data
-from .sampling import sample
+from .sampling import count_steps, passes, sample
 from .splits import count_shared, holdout, split_clean, stratified
 from .triggers import load_trigger, save_trigger
 
@@ -18,9 +18,11 @@ __all__ = [
     "ImageSet",
     "augment",
     "count_shared",
+    "count_steps",
     "holdout",
     "load_data",
     "load_trigger",
+    "passes",
     "random_crop",
     "random_flip",
     "sample",

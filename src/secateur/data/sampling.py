@@ -1,7 +1,8 @@
-"""Batches for methods that count steps and not epochs."""
+"""Batches for methods with loops of their own: by steps or by epochs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -49,6 +50,47 @@ def sample(
     for _ in range(steps):
         while len(left) < size:
             left = torch.cat([left, torch.randperm(len(images), generator=generator)])
-        index, left = left[:size].to(pixels.device), left[size:]
-        x = to_float(augmented(pixels.index_select(0, index), augment, generator=generator))
-        yield x.contiguous(memory_format=torch.channels_last), labels.index_select(0, index)
+        index, left = left[:size], left[size:]
+        yield _batch(pixels, labels, index, augment, generator)
+
+
+def passes(
+    images: ImageSet,
+    batch_size: int,
+    epochs: int,
+    *,
+    augment: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    generator: torch.Generator,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches ``(x, y)`` of some epochs: each image once in each, in `count_steps` batches of nearly equal size.
+
+    Arguments and errors as in `sample`.
+    """
+    steps = count_steps(len(images), batch_size)
+    check_range("epochs", epochs, 0, 2**31)
+    pixels, labels = images.x.to(device), images.y.to(device)
+    for _ in range(epochs):
+        for index in torch.randperm(len(images), generator=generator).tensor_split(steps):
+            yield _batch(pixels, labels, index, augment, generator)
+
+
+def count_steps(images: int, batch_size: int) -> int:
+    """Return how many batches an epoch has.
+
+    Raises:
+        DataError: There are no images.
+        MethodError: ``batch_size`` is out of range.
+    """
+    check_range("batch_size", batch_size, 1, 2**31)
+    if images == 0:
+        raise DataError("training needs at least one image, got 0")
+    return math.ceil(images / state.batch_size(batch_size))
+
+
+def _batch(
+    pixels: Tensor, labels: Tensor, index: Tensor, augment: Sequence[str], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    index = index.to(pixels.device)
+    x = to_float(augmented(pixels.index_select(0, index), augment, generator=generator))
+    return x.contiguous(memory_format=torch.channels_last), labels.index_select(0, index)

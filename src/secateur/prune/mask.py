@@ -40,6 +40,11 @@ def parameter_masks(model: nn.Module, mask: HardMask, *, edit: Edit = "weight+bi
     return _channel_parameters(parameters, mask, edit)
 
 
+def hard(mask: Mask | None) -> HardMask | None:
+    """Return what a bundle keeps of a repair's mask: nothing of a soft one, whose factors are in the weights."""
+    return None if isinstance(mask, SoftMask) else mask
+
+
 def edited(model: nn.Module, mask: HardMask, edit: Edit) -> HardMask:
     """Return the mask that does, put on as masks are, what ``edit`` says: for ``weight``, one of the sites' weights alone.
 

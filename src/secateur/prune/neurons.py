@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.func import functional_call
 
 from ..errors import MethodError, check_range
 from ..models import core
-from ..models.channels import trace_channels
+from ..models.channels import WRITERS, trace_channels
 from ..state import seeded
 from ..types import ImageSet, Repaired, Scores
 from .grammar import follow
@@ -30,6 +31,7 @@ class Neurons:
     Attributes:
         network: The copy; put it in train or eval mode as the method wants. In train mode its running statistics move.
         sizes: Site -> how many neurons it has, in the order of the data; the network's answers are not among them.
+        answering: The layers that write the answers.
     """
 
     def __init__(self, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
@@ -40,22 +42,28 @@ class Neurons:
             ModelError: It cannot be traced.
         """
         graph = trace_channels(model, input_shape)
-        self.network = deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # GroupNorm's backward pass for its weights alone crashes the process in channels-last memory (torch 2.13, CPU).
+        grouped = any(isinstance(module, nn.GroupNorm) for module in model.modules())
+        self._memory = torch.contiguous_format if grouped else torch.channels_last
+        self.network = deepcopy(model).requires_grad_(False).to(memory_format=self._memory)  # type: ignore[call-overload]
         self.sizes = {site.name: site.channels for site in graph.sites if not graph.is_output(site.name)}
+        writers = {site.writer for site in graph.sites if graph.is_output(site.name) and site.writer is not None}
+        self.answering = [core(self.network).get_submodule(name) for name in sorted(writers)]
         if not self.sizes:
             raise MethodError("this network has no neurons besides its answers; nothing can be learned about them")
         self._prefix = "" if core(model) is model else "net."
         self._parameters = dict(self.network.named_parameters())
+        self._weight: Mapping[str, Tensor] = {}
+        self._bias: Mapping[str, Tensor] = {}
+        modules = {site: core(self.network).get_submodule(site) for site in self.sizes}
+        self._layers = {site: layer for site, layer in modules.items() if isinstance(layer, WRITERS)}
+        for site, layer in self._layers.items():
+            layer.register_forward_hook(partial(self._scaled, site))
 
     @property
     def device(self) -> torch.device:
         """Where the network lies."""
         return next(iter(self._parameters.values())).device
-
-    @property
-    def core(self) -> nn.Module:
-        """The network without its normalisation, in which sites have their names."""
-        return core(self.network)
 
     @property
     def biased(self) -> tuple[str, ...]:
@@ -71,10 +79,27 @@ class Neurons:
         changed = {}
         for kind, factors in (("weight", weight), ("bias", bias or {})):
             for site, factor in factors.items():
+                if site in self._layers:
+                    continue
                 name = f"{self._prefix}{site}.{kind}"
                 own = self._parameters[name]
                 changed[name] = own * factor.reshape(-1, *[1] * (own.ndim - 1))
-        return functional_call(self.network, changed, (x,))
+        self._weight, self._bias = weight, bias or {}
+        try:
+            return functional_call(self.network, changed, (x.contiguous(memory_format=self._memory),))
+        finally:
+            self._weight, self._bias = {}, {}
+
+    def _scaled(self, site: str, layer: nn.Module, _: object, out: Tensor) -> Tensor:
+        """Scale what a layer without a norm answers: the same as scaling its weight and bias, and much less work backwards."""
+        weight, bias, own = self._weight.get(site), self._bias.get(site), layer.bias
+        shape = (-1,) if isinstance(layer, nn.Linear) else (-1, *[1] * (out.ndim - 2))
+        if weight is not None:
+            out = out * weight.reshape(shape)
+        if isinstance(own, Tensor) and (weight is not None or bias is not None):
+            change = (1.0 if bias is None else bias) - (1.0 if weight is None else weight)
+            out = out + (own * change).reshape(shape)
+        return out
 
 
 def learn(
@@ -103,7 +128,7 @@ def learn(
     Raises:
         MethodError: ``lr`` is out of range.
     """
-    check_range("lr", lr, 0, 1e6)
+    check_range("lr", lr, 1e-12, 1e6)
     leaves = [factor.requires_grad_() for factor in factors.values()]
     sums = [torch.zeros_like(leaf, dtype=torch.float64) for leaf in leaves]
     optimizer = torch.optim.SGD(leaves, lr=lr, momentum=0.9)
@@ -126,7 +151,7 @@ def learn(
 def cut_lowest(model: nn.Module, judged: ImageSet, scores: Scores, *, drop: float, edit: Edit = "weight") -> Repaired:
     """Cut ever more neurons, the lowest score first, until accuracy falls by more than ``drop``; take the cut before that.
 
-    The cuts tried grow by one neuron or a twentieth. Neurons whose score is 1 are never cut: nothing speaks against them.
+    The cuts tried grow by one neuron or a tenth. Neurons whose score is 1 are never cut: nothing speaks against them.
 
     Args:
         model: The network; not changed.
@@ -153,5 +178,5 @@ def cut_lowest(model: nn.Module, judged: ImageSet, scores: Scores, *, drop: floa
 def _counts(most: int) -> list[int]:
     counts = [0]
     while counts[-1] < most:
-        counts.append(min(most, max(counts[-1] + 1, round(1.05 * counts[-1]))))
+        counts.append(min(most, max(counts[-1] + 1, round(1.1 * counts[-1]))))
     return counts

@@ -72,16 +72,30 @@ def anp(
     factors = neurons.filled(1.0)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        calm = F.cross_entropy(neurons(x, factors), y)
-        if eps == 0 or trade_off == 1:
-            return calm
-        noise = adversarial_noise(neurons, factors, x, y, eps=eps, generator=generator)
-        return trade_off * calm + (1 - trade_off) * F.cross_entropy(noise.logits(neurons, factors, x), y)
+        return loss_under_noise(neurons, factors, x, y, eps=eps, trade_off=trade_off, generator=generator)
 
     batches = sample(fitted, batch_size, iterations, augment=("crop", "flip"), device=neurons.device, generator=generator)
     watch = None if on_step is None else lambda step: on_step(step, iterations)
     scores = learn(factors, loss, batches, lr=lr, on_step=watch, generator=generator)
     return cut_lowest(model, judged, scores, drop=drop, edit=edit)
+
+
+def loss_under_noise(
+    neurons: Neurons,
+    factors: Mapping[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    trade_off: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return ``a`` parts of the loss without noise and ``1 - a`` parts of that under adversarial noise, a scalar."""
+    calm = F.cross_entropy(neurons(x, factors), y)
+    if eps == 0 or trade_off == 1:
+        return calm
+    noise = adversarial_noise(neurons, factors, x, y, eps=eps, generator=generator)
+    return trade_off * calm + (1 - trade_off) * F.cross_entropy(noise.logits(neurons, factors, x), y)
 
 
 @dataclass(frozen=True, eq=False)

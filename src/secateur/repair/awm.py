@@ -174,4 +174,4 @@ def _scaled(model: nn.Module, clean: ImageSet, mask: SoftMask) -> Repaired:
         "clean_accuracy": wilson(int(correct(repaired, clean).sum()), len(clean)).value,
     }
     note = f"{gone} of {len(values)} weights of convolutions are 0, the others scaled: nothing can be removed for good"
-    return Repaired(repaired, mask, log=log, notes=(note,))
+    return Repaired(repaired, mask, log=log, notes=(note,) * bool((values < 1).any()))

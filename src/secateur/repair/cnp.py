@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..data import holdout, sample
 from ..detect import invert
 from ..errors import MethodError, check_range
-from ..prune.layers import prunable_layers
 from ..prune.mask import Edit
 from ..prune.neurons import HELD_OUT, Neurons, cut_lowest, learn
 from ..train import OnStep
@@ -103,8 +102,7 @@ class Features:
         """
         self.neurons = neurons
         self._seen: list[Tensor] = []
-        names = dict(neurons.core.named_modules())
-        last = names[prunable_layers(neurons.network)[-1]]
+        [last] = neurons.answering or [neurons.network]
         if not isinstance(last, nn.Linear):
             raise MethodError(f"cnp compares what a last linear layer reads; this network ends in {type(last).__name__}")
         last.register_forward_pre_hook(lambda _, given: self._seen.append(given[0].flatten(1)))

@@ -74,7 +74,7 @@ def fmp(
     recipe = healing(epochs, lr)
     layers = bounded_layers(model, clean.shape)
     if not layers:
-        raise MethodError("fmp needs a network with convolutions, got one without; use another method")
+        raise MethodError("fmp needs convolutions with batch-norm or no norm behind them, got none; use another method")
     [(x, y)] = sample(clean, images, 1, generator=generator)
     scores = endurance(model, layers, x, y, eps=eps, generator=generator)
     keep: dict[str, Tensor] = {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import state
-from ..data import sample
+from ..data import count_steps, passes
 from ..errors import ModelError, check_range
 from ..recipe import Recipe
 from ..train import OnStep
@@ -69,9 +69,9 @@ def ft_sam(
     recipe = Recipe(epochs=epochs, lr=lr, batch_size=batch_size)
     student = deepcopy(model).requires_grad_(True).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    steps = epochs * math.ceil(len(clean) / state.batch_size(batch_size))
+    steps = epochs * count_steps(len(clean), batch_size)
     device = next(student.parameters()).device
-    batches = sample(clean, batch_size, steps, augment=("crop", "flip"), device=device, generator=generator)
+    batches = passes(clean, batch_size, epochs, augment=("crop", "flip"), device=device, generator=generator)
     loss = math.nan
     with state.seeded(generator):
         for step, (x, y) in enumerate(batches):

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import state
-from ..data import sample
+from ..data import count_steps, passes
 from ..errors import ModelError, check_range
 from ..train import OnStep
 from ..types import ImageSet, Repaired
@@ -73,11 +72,11 @@ def i_bau(
     student = deepcopy(model).requires_grad_(True).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     parameters = list(student.parameters())
     optimizer = torch.optim.Adam(parameters, lr=lr)
-    count = math.ceil(len(clean) / state.batch_size(batch_size))
+    count = count_steps(len(clean), batch_size)
     log: dict[str, float] = {}
     for done in range(rounds):
         learn, unlearn = (
-            list(sample(clean, batch_size, count, device=parameters[0].device, generator=generator)) for _ in range(2)
+            list(passes(clean, batch_size, 1, device=parameters[0].device, generator=generator)) for _ in range(2)
         )
         pattern = learn_pattern(student, learn)
         for step, (x, y) in enumerate(unlearn):

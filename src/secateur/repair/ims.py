@@ -79,10 +79,12 @@ def ims(
     (where the norm's mean would stay behind), in that perturbed images stay in [0, 1], and in that neurons are cut for good,
     their number chosen on held-out clean images, where the soft mask stays in the network.
     """
-    for name, value in (("initial_rounds", initial_rounds), ("rounds", rounds), ("inner_steps", inner_steps)):
+    counts = {"initial_rounds": initial_rounds, "rounds": rounds, "inner_steps": inner_steps, "patience": patience}
+    for name, value in counts.items():
         check_range(name, value, 1, 2**31)
-    for name, value in (("inner_lr", inner_lr), ("lr", lr), ("slope", slope), ("sparsity", sparsity), ("patience", patience)):
-        check_range(name, value, 0, 1e6)
+    for name, value in (("inner_lr", inner_lr), ("lr", lr), ("slope", slope)):
+        check_range(name, value, 1e-12, 1e6)
+    check_range("sparsity", sparsity, 0, 1e6)
     check_range("radius", radius, 0, 1)
     fitted, judged = holdout(clean, HELD_OUT, generator=generator)
     game = Game(Neurons(model, clean.shape), slope)

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .. import state
-from ..data import sample
+from ..data import count_steps, passes
 from ..errors import MethodError, ModelError, check_range, unknown
 from ..models import core
 from ..models.channels import trace_channels
@@ -76,9 +75,9 @@ def npd(
     _check(epochs=epochs, lr=lr, eps=eps, steps=steps, adversarial=adversarial, batch_size=batch_size)
     plugged = Polarizer(model, clean.shape, layer)
     optimizer = torch.optim.SGD([plugged.matrix], lr=lr, momentum=0.9, weight_decay=5e-4)
-    total = epochs * math.ceil(len(clean) / state.batch_size(batch_size))
+    total = epochs * count_steps(len(clean), batch_size)
     log: dict[str, float] = {}
-    batches = sample(clean, batch_size, total, device=plugged.matrix.device, generator=generator)
+    batches = passes(clean, batch_size, epochs, device=plugged.matrix.device, generator=generator)
     for step, (x, y) in enumerate(batches):
         perturbed, own, target = perturb(plugged, x, y, eps=eps, steps=steps)
         logits = plugged(torch.cat([x, perturbed]))
@@ -95,7 +94,8 @@ def npd(
     repaired = deepcopy(model).eval()
     with torch.no_grad():
         core(repaired).get_parameter(f"{plugged.layer}.weight").copy_(plugged.folded())
-    return Repaired(repaired, None, log=log, notes=(f"the filter is part of '{plugged.layer}'",))
+    moved = log.get("matrix_moved", 0.0) > 0
+    return Repaired(repaired, None, log=log, notes=(f"the filter is part of '{plugged.layer}'",) * moved)
 
 
 class Polarizer:

@@ -25,6 +25,7 @@ from ..prune.grammar import first_crossing
 from ..train import OnStep
 from ..types import Candidate, ImageSet, Repaired, WeightMask
 from .tsbd import reset_mask, resettable
+from .unlearning import check_finite
 
 SHARES = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 LEAST = 1e-6
@@ -67,7 +68,7 @@ def otbr(
 
     Raises:
         MethodError: An argument is out of range, or there is no convolution.
-        ModelError: The network cannot be traced.
+        ModelError: The network cannot be traced, or the unlearning diverged.
 
     Differs from the authors' code, which measures every share on test images and chooses none, in that the share follows from
     ``drop``; in that noise is uniform in [0, 1] before the normalisation (theirs after it) with labels of all classes (theirs
@@ -146,6 +147,7 @@ def unlearn_noise(
             optimizer.step()
             if on_step is not None:
                 on_step(step + 1, iterations)
+    check_finite(student, lr)
     return student
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data import holdout, sample, stratified
+from ..data import count_steps, holdout, passes, stratified
 from ..errors import check_range
 from ..prune.mask import Edit
 from ..prune.neurons import HELD_OUT, Neurons, cut_lowest, learn
@@ -70,13 +70,16 @@ def rnp(
     batch-norm are treated at the layers themselves.
     """
     check_range("weight", weight, 0, 1e6)
-    check_range("epochs", epochs, 1, 2**31)
+    for name, count in (("epochs", epochs), ("unlearn_epochs", unlearn_epochs)):
+        check_range(name, count, 1, 2**31)
+    check_range("unlearn_lr", unlearn_lr, 1e-12, 1e6)
+    check_range("unlearn_until", unlearn_until, 0, 1)
     check_range("images", images, 1, 2**31)
     fitted, judged = holdout(clean, HELD_OUT, generator=generator)
     if len(fitted) > images:
         [index] = stratified(fitted.y, [images], generator=generator)
         fitted = fitted.subset(index)
-    steps = -(-len(fitted) // batch_size)
+    steps = count_steps(len(fitted), batch_size)
     whole = steps * (unlearn_epochs + epochs)
     unlearned, share = unlearn(
         model, fitted, lr=unlearn_lr, until=unlearn_until, epochs=unlearn_epochs, batch_size=batch_size,
@@ -85,7 +88,7 @@ def rnp(
     neurons = Neurons(unlearned, clean.shape)
     neurons.network.train()
     factors = neurons.filled(1.0)
-    batches = sample(fitted, batch_size, steps * epochs, augment=("crop", "flip"), device=neurons.device, generator=generator)
+    batches = passes(fitted, batch_size, epochs, augment=("crop", "flip"), device=neurons.device, generator=generator)
     scores = learn(
         factors, lambda x, y: weight * F.cross_entropy(neurons(x, factors), y), batches, lr=lr, generator=generator,
         on_step=None if on_step is None else lambda step: on_step(steps * unlearn_epochs + step, whole),

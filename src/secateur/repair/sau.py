@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import state
-from ..data import sample
+from ..data import count_steps, passes
 from ..errors import ModelError, check_range
 from ..train import OnStep
 from ..types import ImageSet, Repaired
@@ -71,10 +70,10 @@ def sau(
     student = deepcopy(model).requires_grad_(True).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     copy = deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), lr=lr)
-    total = epochs * math.ceil(len(clean) / state.batch_size(batch_size))
+    total = epochs * count_steps(len(clean), batch_size)
     device = next(student.parameters()).device
     log: dict[str, float] = {}
-    batches = sample(clean, batch_size, total, augment=("crop", "flip"), device=device, generator=generator)
+    batches = passes(clean, batch_size, epochs, device=device, generator=generator)
     for step, (x, y) in enumerate(batches):
         with torch.no_grad():
             answers = copy(x).argmax(dim=1)

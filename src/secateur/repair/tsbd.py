@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .. import state
-from ..data import holdout, sample
+from ..data import count_steps, holdout, passes
 from ..errors import MethodError, ModelError, check_range
 from ..models import core
 from ..models.channels import trace_channels
 from ..prune import follow
 from ..prune.mask import apply_mask, removed
+from ..prune.neurons import HELD_OUT
 from ..train import OnStep
 from ..types import ImageSet, Repaired, WeightMask
 from .unlearning import unlearn
 
-HELD_OUT = 0.25
 SHARES = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
 TINY = 1e-12
 
@@ -81,18 +81,21 @@ def tsbd(
         ModelError: The network cannot be traced, or the fine-tuning diverged.
 
     Differs from the authors' code, which measures every ``n`` on test images and chooses none, in that ``n`` follows from
-    ``drop``; in that shortcuts are found by following the data and not by name; and in that they fine-tune for one epoch more.
+    ``drop``; in that shortcuts are found by following the data and not by name; in that the unlearning stops by the accuracy
+    while it trains, as RNP's does (theirs by that of a pass after it); and in that they fine-tune for one epoch more.
     """
     for name, value in (("weights", weights), ("drop", drop), ("blend", blend)):
         check_range(name, value, 0, 1)
     check_range("radius", radius, 0, 1e6)
     check_range("epochs", epochs, 0, 2**31)
-    check_range("lr", lr, 1e-12, 1e6)
+    check_range("unlearn_epochs", unlearn_epochs, 1, 2**31)
+    for name, rate in (("lr", lr), ("unlearn_lr", unlearn_lr)):
+        check_range(name, rate, 1e-12, 1e6)
     names = resettable(model, clean.shape)
     fitted, judged = holdout(clean, HELD_OUT, generator=generator)
     unlearned, share = unlearn(
-        model, fitted, lr=unlearn_lr, until=until, epochs=unlearn_epochs, batch_size=batch_size, on_step=on_step,
-        generator=generator,
+        model, fitted, lr=unlearn_lr, until=until, epochs=unlearn_epochs, weight_decay=0.0, batch_size=batch_size,
+        on_step=on_step, generator=generator,
     )  # fmt: skip
     before, after = (dict(core(net).named_parameters()) for net in (model, unlearned))
     changes = {name: (after[name] - before[name]).detach().abs().cpu() for name in names}
@@ -173,9 +176,9 @@ def flattened(
     """Return a fine-tuned copy, in eval mode; see `tsbd`."""
     student = deepcopy(model).requires_grad_(True).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=0.9)
-    steps = epochs * math.ceil(len(clean) / state.batch_size(batch_size))
+    steps = epochs * count_steps(len(clean), batch_size)
     device = next(student.parameters()).device
-    batches = sample(clean, batch_size, steps, augment=("crop", "flip"), device=device, generator=generator)
+    batches = passes(clean, batch_size, epochs, augment=("crop", "flip"), device=device, generator=generator)
     with state.seeded(generator):
         for step, (x, y) in enumerate(batches, 1):
             loss, slopes = flat_slopes(student, x, y, radius=radius, blend=blend)

@@ -118,7 +118,7 @@ def _points(points: Sequence[Point]) -> str:
 
 
 def _dot(at: Point, step: Mapping[str, Any], removed: int) -> Markup:
-    chosen = step["removed"] == removed
+    chosen = step.get("chosen", step["removed"] == removed)
     said = f"{percent(step['amount'])} cut ({step['removed']:,}): {rate(step['holdout'])}"
     title = tag("title", f"{said}, the cut that was made" if chosen else said)
     circle = tag("circle", title, cx=at[0], cy=at[1], r=6 if chosen else 3, class_="chosen" if chosen else "point")
