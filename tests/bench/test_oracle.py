@@ -52,12 +52,12 @@ epochs = 2
 
 @pytest.fixture
 def masks(victim):
-    scores = magnitude.l1(victim.model, victim.clean, granularity="channel", generator=generator(0))
-    ranking = rank(scores, order="largest", scope="global")
+    scores = magnitude.random(victim.model, victim.clean, granularity="channel", generator=generator(1))
+    ranking = rank(scores, scope="global")
     return [ranking.cut(Fraction(i / 10)) for i in range(10)]
 
 
-@pytest.mark.parametrize("drop", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("drop", [0.0, 0.1, 0.9])
 def test_the_lowest_success_within_the_accuracy_allowed(drop, victim, masks):
     found = [evaluate(apply_mask(victim.model, mask), victim.test, trigger=victim.trigger) for mask in masks]
     allowed = [i for i, each in enumerate(found) if each.accuracy.value >= found[0].accuracy.value - drop - 1e-9]
