@@ -128,7 +128,7 @@ def test_no_rounds_change_nothing(trained, images):
 
 
 def test_divergence_is_said(trained, images):
-    with pytest.raises(ModelError, match=r"^training diverged: the loss is nan in round \d+; use a smaller lr than 1e\+06"):
+    with pytest.raises(ModelError, match=r"^training diverged: the loss is nan in step \d+; use a smaller lr than 1e\+06"):
         i_bau(trained, images, rounds=50, fixed_points=0, lr=1e6, generator=generator(0))
 
 

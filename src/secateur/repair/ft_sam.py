@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import state
 from ..data import count_steps, passes
-from ..errors import ModelError, check_range
+from ..errors import check_range
 from ..recipe import Recipe
 from ..train import OnStep
 from ..types import ImageSet, Repaired
+from .student import check_loss, graduate, student_of
 
 TINY = 1e-12
 
@@ -67,7 +67,7 @@ def ft_sam(
     check_range("rho", rho, 0, 1e6)
     check_range("smoothing", smoothing, 0, 0.5)
     recipe = Recipe(epochs=epochs, lr=lr, batch_size=batch_size)
-    student = deepcopy(model).requires_grad_(True).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    student = student_of(model).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     steps = epochs * count_steps(len(clean), batch_size)
     device = next(student.parameters()).device
@@ -77,14 +77,11 @@ def ft_sam(
         for step, (x, y) in enumerate(batches):
             optimizer.param_groups[0]["lr"] = lr * recipe.factor((step + 0.5) / steps)
             loss = float(sharp_gradients(student, x, y, rho=rho, smoothing=smoothing))
-            if not math.isfinite(loss):
-                raise ModelError(f"training diverged: the loss is {loss} in step {step + 1}; use a smaller lr than {lr:g}")
+            check_loss(loss, step + 1, lr)
             optimizer.step()
             if on_step is not None:
                 on_step(step + 1, steps)
-    repaired = deepcopy(model).eval()
-    repaired.load_state_dict(student.state_dict())
-    return Repaired(repaired, None, log={"loss": loss} if steps else {})
+    return Repaired(graduate(model, student), None, log={"loss": loss} if steps else {})
 
 
 def sharp_gradients(network: nn.Module, x: Tensor, y: Tensor, *, rho: float, smoothing: float) -> Tensor:

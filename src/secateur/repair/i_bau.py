@@ -6,9 +6,7 @@ Zeng, Chen, Park, Mao, Jin, Jia, "Adversarial Unlearning of Backdoors via Implic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data import count_steps, passes
-from ..errors import ModelError, check_range
+from ..errors import check_range
 from ..train import OnStep
 from ..types import ImageSet, Repaired
+from .student import check_loss, graduate, student_of
 
 ASCENT = 10.0  # step with which the perturbation is learned
 INNER_STEP = 0.1  # step of the map whose fixed point the perturbation is taken for
@@ -69,7 +68,7 @@ def i_bau(
         check_range(name, value, low, 1e6)
     check_range("share", share, 0, 1)
     check_range("batch_size", batch_size, 1, 2**31)
-    student = deepcopy(model).requires_grad_(True).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    student = student_of(model).eval()
     parameters = list(student.parameters())
     optimizer = torch.optim.Adam(parameters, lr=lr)
     count = count_steps(len(clean), batch_size)
@@ -83,17 +82,14 @@ def i_bau(
             chosen = torch.zeros(len(x), 1, 1, 1)
             chosen[torch.randperm(len(x), generator=generator)[: max(1, int(share * len(x)))]] = 1
             loss, gradients = hypergradient(student, pattern, unlearn[0], (x, y), chosen.to(x), fixed_points=fixed_points)
-            if not math.isfinite(float(loss)):
-                raise ModelError(f"training diverged: the loss is {loss:g} in round {done + 1}; use a smaller lr than {lr:g}")
+            check_loss(float(loss), done * count + step + 1, lr)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
             log = {"loss": float(loss), "perturbation": float(pattern.norm())}
             if on_step is not None:
                 on_step(done * count + step + 1, rounds * count)
-    repaired = deepcopy(model).eval()
-    repaired.load_state_dict(student.state_dict())
-    return Repaired(repaired, None, log=log)
+    return Repaired(graduate(model, student), None, log=log)
 
 
 def learn_pattern(network: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..data import count_steps, passes
-from ..errors import MethodError, ModelError, check_range, unknown
+from ..errors import MethodError, check_range, unknown
 from ..models import core
 from ..models.channels import trace_channels
 from ..train import OnStep
 from ..types import ImageSet, Repaired
+from .student import check_loss
 
 STEP = 0.1  # signed step of the perturbation
 ENOUGH = 0.6  # share of images that reach their target at which the perturbation is left as it is
@@ -83,8 +84,7 @@ def npd(
         logits = plugged(torch.cat([x, perturbed]))
         loss = polarizing_loss(logits[: len(x)], logits[len(x) :], y, own, target, adversarial=adversarial)
         value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ModelError(f"training diverged: the loss is {value} in step {step + 1}; use a smaller lr than {lr:g}")
+        check_loss(value, step + 1, lr)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -24,6 +24,7 @@ from ..models.channels import trace_channels
 from ..prune.grammar import first_crossing
 from ..train import OnStep
 from ..types import Candidate, ImageSet, Repaired, WeightMask
+from .student import student_of
 from .tsbd import reset_mask, resettable
 from .unlearning import check_finite
 
@@ -134,7 +135,7 @@ def unlearn_noise(
     generator: torch.Generator,
 ) -> nn.Module:
     """Return a copy trained to *raise* the cross-entropy on noise with random labels; of ``clean`` only the shape is used."""
-    student = deepcopy(model).requires_grad_(True).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    student = student_of(model).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=0.9)
     device = next(student.parameters()).device
     size = state.batch_size(batch_size)

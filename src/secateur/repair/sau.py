@@ -6,7 +6,6 @@ NeurIPS 2023 (arXiv:2307.10562).
 
 from __future__ import annotations
 
-import math
 from copy import deepcopy
 
 import torch
@@ -14,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import count_steps, passes
-from ..errors import ModelError, check_range
+from ..errors import check_range
 from ..train import OnStep
 from ..types import ImageSet, Repaired
+from .student import check_loss, graduate, student_of
 
 ADVERSARIAL = 0.01  # weight of fooling both networks, against 1 for fooling them alike
 SMALLEST = 1e-8  # probability
@@ -67,7 +67,7 @@ def sau(
         check_range(name, value, low, high)
     for name, count, low in (("epochs", epochs, 0), ("steps", steps, 1), ("batch_size", batch_size, 1)):
         check_range(name, count, low, 2**31)
-    student = deepcopy(model).requires_grad_(True).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    student = student_of(model).eval()
     copy = deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), lr=lr)
     total = epochs * count_steps(len(clean), batch_size)
@@ -79,17 +79,14 @@ def sau(
             answers = copy(x).argmax(dim=1)
         noisy = shared_noise(student, copy, x, y, answers, eps=eps, steps=steps)
         loss, fooled = unlearning_loss(student, copy, x, noisy, y, answers, shared=shared)
-        if not math.isfinite(float(loss.detach())):
-            raise ModelError(f"training diverged: the loss is {loss:g} in step {step + 1}; use a smaller lr than {lr:g}")
+        check_loss(float(loss.detach()), step + 1, lr)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         log = {"loss": float(loss.detach()), "copy_fooled": fooled}
         if on_step is not None:
             on_step(step + 1, total)
-    repaired = deepcopy(model).eval()
-    repaired.load_state_dict(student.state_dict())
-    return Repaired(repaired, None, log=log)
+    return Repaired(graduate(model, student), None, log=log)
 
 
 def shared_noise(

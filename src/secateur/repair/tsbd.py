@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch.func import functional_call
 
 from .. import state
 from ..data import count_steps, holdout, passes
-from ..errors import MethodError, ModelError, check_range
+from ..errors import MethodError, check_range
 from ..models import core
 from ..models.channels import trace_channels
 from ..prune import follow
@@ -25,6 +24,7 @@ from ..prune.mask import apply_mask, removed
 from ..prune.neurons import HELD_OUT
 from ..train import OnStep
 from ..types import ImageSet, Repaired, WeightMask
+from .student import check_loss, graduate, student_of
 from .unlearning import unlearn
 
 SHARES = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
@@ -174,7 +174,7 @@ def flattened(
     generator: torch.Generator,
 ) -> nn.Module:
     """Return a fine-tuned copy, in eval mode; see `tsbd`."""
-    student = deepcopy(model).requires_grad_(True).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    student = student_of(model).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=0.9)
     steps = epochs * count_steps(len(clean), batch_size)
     device = next(student.parameters()).device
@@ -182,16 +182,13 @@ def flattened(
     with state.seeded(generator):
         for step, (x, y) in enumerate(batches, 1):
             loss, slopes = flat_slopes(student, x, y, radius=radius, blend=blend)
-            if not math.isfinite(loss):
-                raise ModelError(f"training diverged: the loss is {loss} in step {step}; use a smaller lr than {lr:g}")
+            check_loss(loss, step, lr)
             for parameter, slope in zip(student.parameters(), slopes, strict=True):
                 parameter.grad = slope
             optimizer.step()
             if on_step is not None:
                 on_step(step, steps)
-    repaired = deepcopy(model).eval()
-    repaired.load_state_dict(student.state_dict())
-    return repaired
+    return graduate(model, student)
 
 
 def flat_slopes(network: nn.Module, x: Tensor, y: Tensor, *, radius: float, blend: float) -> tuple[float, Sequence[Tensor]]:

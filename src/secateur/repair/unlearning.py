@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +11,7 @@ from ..errors import ModelError, check_range
 from ..state import seeded
 from ..train import OnStep
 from ..types import ImageSet
+from .student import student_of
 
 
 def unlearn(
@@ -53,8 +52,7 @@ def unlearn(
     check_range("lr", lr, 1e-12, 1e6)
     check_range("until", until, 0, 1)
     check_range("epochs", epochs, 1, 2**31)
-    student = deepcopy(model).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    student.requires_grad_(True)
+    student = student_of(model).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay)
     steps = count_steps(len(clean), batch_size)
     device = next(student.parameters()).device
