@@ -151,7 +151,7 @@ TABLE: tuple[Method, ...] = (
     Method("repair", "fmp", "secateur.repair.fmp:fmp", 1, "ICLR 2024, arXiv:2307.11565", {"images": 8, "epochs": 1}),
     Method("repair", "ft-sam", "secateur.repair.ft_sam:ft_sam", 1, "ICCV 2023, arXiv:2304.11823", {"epochs": 2}),
     Method(
-        "repair", "i-bau", "secateur.repair.i_bau:i_bau", 1, "ICLR 2022, arXiv:2110.03735", {"rounds": 1, "fixed_points": 2},
+        "repair", "i-bau", "secateur.repair.i_bau:i_bau", 2, "ICLR 2022, arXiv:2110.03735", {"rounds": 1, "fixed_points": 2},
     ),
     Method(
         "repair", "ims", "secateur.repair.ims:ims", 1, "NeurIPS 2025, arXiv:2509.15497",
