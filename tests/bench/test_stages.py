@@ -201,3 +201,20 @@ def test_own_networks_are_checked_before_anything_runs(own_plan, tmp_path, line,
     (tmp_path / "bad.toml").write_text(PLAN.replace('"convnet"\nwidth = 4', line), "utf-8")
     with pytest.raises(SecateurError, match=message):
         read_plan(tmp_path / "bad.toml")
+
+
+def test_suspect_images_carry_the_trigger_as_the_training_set_does(tmp_path, store):
+    text = PLAN.replace('name = "fine-tuning"\nepochs = 1', 'name = "ep"').replace("epochs = 3", "epochs = 1")
+    (tmp_path / "plan.toml").write_text(text, "utf-8")
+    plan = read_plan(tmp_path / "plan.toml")
+    for stage in ("data", "victim", "repair"):
+        assert run_job(job(plan, store, stage)).status == "done"
+    repair = job(plan, store, "repair")
+    parents = {role: store.folder(key) for role, key in repair.node.parents.items()}
+    work = Work(repair.node, Path(), parents, repair.source, Path())
+    suspect, images = stages._suspect(work, 60), stages._training_images(work)
+    known = {image.numpy().tobytes() for image in images.x}
+    changed = [image.numpy().tobytes() not in known for image in suspect.x]
+    assert len(suspect) == 60
+    assert sum(changed) == 6  # a rate of 0.1
+    assert suspect.y[torch.tensor(changed)].unique().tolist() == [0]

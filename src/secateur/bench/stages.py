@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from ..measure import cost, evaluate
 from ..methods import Kind, get
 from ..models import Classifier, load_bundle, read_arch, save
 from ..poison import train_victim
-from ..poison.common import unpoisoned
+from ..poison.common import poison, unpoisoned
 from ..poison.retuning import retuned_success
 from ..prune import apply_mask
 from ..prune.mask import hard
 from ..recipe import read_recipe
 from ..state import generator
-from ..types import ImageSet, Poisoning, to_float
+from ..types import ImageSet, Poisoning
 from .nodes import Node
 from .oracle import choose, load_path, save_path
 from .plan import NONE, RETUNED
@@ -171,14 +171,8 @@ def _suspect(work: Work, size: int) -> ImageSet:
     if victim.method == NONE:
         return images
     chosen, trigger = victim.args["settings"], load_trigger(work.parents["model"] / "trigger")
-    relabelled = get("backdoor", victim.method).access != "images" and not chosen.get("clean_label", False)
-    candidates = (trigger.eligible(images.y) if relabelled else trigger.labels(images.y) == images.y).nonzero().flatten()
-    count = round(chosen["rate"] * (size if relabelled else len(candidates)))
-    poisoned = candidates[torch.randperm(len(candidates), generator=work.generator)[:count]]
-    x, y = images.x.clone(), images.y.clone()
-    x[poisoned] = trigger.apply(to_float(x[poisoned])).mul(255).round().to(torch.uint8)
-    y[poisoned] = trigger.labels(y[poisoned]) if relabelled else y[poisoned]
-    return replace(images, x=x, y=y)
+    clean_label = chosen.get("clean_label", get("backdoor", victim.method).access == "images")
+    return poison(images, trigger, chosen["rate"], work.generator, clean_label=clean_label).data
 
 
 def _model(work: Work, role: str = "model") -> Classifier:

@@ -6,8 +6,6 @@ Min, Qin, Zhang, Shen, Cheng, "Uncovering, Explaining, and Mitigating the Superf
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
@@ -15,7 +13,8 @@ from ..errors import InconclusiveError, check_range
 from ..measure import evaluate
 from ..recipe import Recipe
 from ..train import train
-from ..types import ImageSet, Rate, Trigger, to_float
+from ..types import ImageSet, Rate, Trigger
+from .common import poison_at
 
 
 def retuned_success(
@@ -56,11 +55,9 @@ def retuned_success(
         raise InconclusiveError("no clean image is of a class that the attacker wants to move; give others")
     count = min(len(eligible), max(1, round(rate * len(clean))))
     chosen = eligible[torch.randperm(len(eligible), generator=generator)[:count]]
-    x, y = clean.x.clone(), clean.y.clone()
-    x[chosen] = trigger.apply(to_float(x[chosen])).mul(255).round().to(torch.uint8)
-    y[chosen] = trigger.labels(y[chosen])
+    mixed = poison_at(clean, trigger, chosen, edit=trigger.apply).data
     recipe = Recipe(epochs=epochs, lr=lr, batch_size=64, schedule="cosine", weight_decay=5e-4, augment=("crop", "flip"))
-    again = train(model, replace(clean, x=x, y=y), recipe, generator=generator)
+    again = train(model, mixed, recipe, generator=generator)
     success = evaluate(again, test, trigger=trigger).attack_success
     assert success is not None
     return success
