@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from secateur.errors import MethodError, ModelError
 from secateur.measure import evaluate
-from secateur.repair.ft_sam import ft_sam, sharp_gradients
+from secateur.repair.ft_sam import ft_sam, sharp_gradients, smoothed_loss
 from secateur.state import generator
 from secateur.types import to_float
 
@@ -42,7 +43,7 @@ def test_the_gradient_is_that_at_the_worst_weights_of_the_adaptive_ball(rho, smo
     weights = [p.detach().clone() for p in net.parameters()]
     once = copy.deepcopy(net)
     loss = smoothed(once(x), y, smoothing)
-    assert float(sharp_gradients(net, x, y, rho=rho, smoothing=smoothing)) == pytest.approx(float(loss.detach()))
+    assert float(sharp_gradients(net, partial(smoothed_loss, net, x, y, smoothing), rho=rho)) == pytest.approx(float(loss.detach()))
     for p, wanted, value in zip(net.parameters(), expected, weights, strict=True):
         assert p.grad is not None
         assert torch.allclose(p.grad, wanted, rtol=1e-6, atol=1e-9)

@@ -7,8 +7,9 @@ Zhu, Wei, Shen, Fan, Wu, "Enhancing Fine-Tuning Based Backdoor Defense with Shar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ def ft_sam(
     with state.seeded(generator):
         for step, (x, y) in enumerate(batches):
             optimizer.param_groups[0]["lr"] = lr * recipe.factor((step + 0.5) / steps)
-            loss = float(sharp_gradients(student, x, y, rho=rho, smoothing=smoothing))
+            loss = float(sharp_gradients(student, partial(smoothed_loss, student, x, y, smoothing), rho=rho))
             check_loss(loss, step + 1, lr)
             optimizer.step()
             if on_step is not None:
@@ -84,14 +85,19 @@ def ft_sam(
     return Repaired(graduate(model, student), None, log={"loss": loss} if steps else {})
 
 
-def sharp_gradients(network: nn.Module, x: Tensor, y: Tensor, *, rho: float, smoothing: float) -> Tensor:
+def sharp_gradients(network: nn.Module, loss: Callable[[], Tensor], *, rho: float) -> Tensor:
     """Leave in ``.grad`` the gradient at the worst weights of the ball; return the loss at the weights themselves.
 
     Only the first of the two passes moves the running statistics of batch-norms.
+
+    Args:
+        network: Whose parameters are moved and put back.
+        loss: Computes the loss, a scalar, with the network as it is at the call.
+        rho: Radius of the ball, >= 0.
     """
-    loss = _backward(network, x, y, smoothing)
+    value = _backward(network, loss)
     if rho == 0:
-        return loss
+        return value
     used = [(p, p.grad) for p in network.parameters() if p.grad is not None]
     before = [p.detach().clone() for p, _ in used]
     with torch.no_grad():
@@ -99,20 +105,25 @@ def sharp_gradients(network: nn.Module, x: Tensor, y: Tensor, *, rho: float, smo
         for p, grad in used:
             p.add_(p.square().mul_(grad).mul_(scale))
     with _still(network):
-        _backward(network, x, y, smoothing)
+        _backward(network, loss)
     with torch.no_grad():
-        for (p, _), value in zip(used, before, strict=True):
-            p.copy_(value)
-    return loss
+        for (p, _), old in zip(used, before, strict=True):
+            p.copy_(old)
+    return value
 
 
-def _backward(network: nn.Module, x: Tensor, y: Tensor, smoothing: float) -> Tensor:
-    network.zero_grad(set_to_none=True)
+def smoothed_loss(network: nn.Module, x: Tensor, y: Tensor, smoothing: float) -> Tensor:
+    """Return the cross-entropy to ``1 - smoothing`` for the true class and equal parts of the rest for the others, a scalar."""
     logits = network(x)
     classes = logits.shape[1]
-    loss = F.cross_entropy(logits, y, label_smoothing=smoothing * classes / (classes - 1))
-    loss.backward()
-    return loss.detach()
+    return F.cross_entropy(logits, y, label_smoothing=smoothing * classes / (classes - 1))
+
+
+def _backward(network: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
+    network.zero_grad(set_to_none=True)
+    value = loss()
+    value.backward()
+    return value.detach()
 
 
 @contextmanager
