@@ -133,6 +133,10 @@ TABLE: tuple[Method, ...] = (
     Method("score", "l2", "secateur.prune.magnitude:l2", 1, "ICLR 2017, arXiv:1608.08710"),
     Method("score", "random", "secateur.prune.magnitude:random", 1, "control"),
     Method("repair", "anp", "secateur.repair.anp:anp", 1, "NeurIPS 2021, arXiv:2110.14430", {"iterations": 8}),
+    Method(
+        "repair", "auto", "secateur.repair.auto:auto", 1, "ours, from arXiv:2110.14430, 2305.14876, 1606.09282 and others",
+        {"steps": 4, "iterations": 4, "epochs": 1},
+    ),
     Method("repair", "awm", "secateur.repair.awm:awm", 1, "NeurIPS 2022, arXiv:2207.04497", {"rounds": 1, "iterations": 2}),
     Method("repair", "bnp", "secateur.repair.bnp:bnp", 1, "NeurIPS 2022, OpenReview wwW-1k1ljIg"),
     Method("repair", "clp", "secateur.repair.clp:clp", 1, "ECCV 2022, arXiv:2208.03111", {"u": 1.0}),

@@ -43,7 +43,9 @@ def test_the_gradient_is_that_at_the_worst_weights_of_the_adaptive_ball(rho, smo
     weights = [p.detach().clone() for p in net.parameters()]
     once = copy.deepcopy(net)
     loss = smoothed(once(x), y, smoothing)
-    assert float(sharp_gradients(net, partial(smoothed_loss, net, x, y, smoothing), rho=rho)) == pytest.approx(float(loss.detach()))
+    assert float(sharp_gradients(net, partial(smoothed_loss, net, x, y, smoothing), rho=rho)) == pytest.approx(
+        float(loss.detach())
+    )
     for p, wanted, value in zip(net.parameters(), expected, weights, strict=True):
         assert p.grad is not None
         assert torch.allclose(p.grad, wanted, rtol=1e-6, atol=1e-9)

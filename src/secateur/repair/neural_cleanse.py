@@ -84,7 +84,7 @@ def neural_cleanse(
     look = partial(invert, steps=steps, batch_size=batch_size, precision=precision, generator=generator)
     found = [each for kind in read_kinds(kinds) for each in look(model, clean, kind=kind)]
     suspicion = suspected(found, shortcut=shortcut, anomaly=anomaly)
-    log, note = _told(found, suspicion)
+    log, note = told(found, suspicion)
     hook = None
     if suspicion.flagged:
         smallest = [each for each in found if each.target in suspicion.flagged]
@@ -92,7 +92,7 @@ def neural_cleanse(
             if kind not in kinds.split("+"):
                 smallest += look(model, clean, suspicion.flagged, kind=kind)
         grow = partial(strengthen, model, clean, batch_size=batch_size, precision=precision, generator=generator)
-        hook = stamping([trigger for each in smallest for trigger in _ladder(grow, each, sizes)], share)
+        hook = stamping([trigger for each in smallest for trigger in ladder(grow, each, sizes)], share)
     if not suspicion.flagged and unflagged == "leave":
         return Repaired(deepcopy(model).eval(), None, log=log, notes=(note,))
     healed = train(model, clean, recipe, generator=generator, batch_hook=hook, on_step=on_step)
@@ -104,7 +104,7 @@ def read_kinds(kinds: str) -> list[Kind]:
     return [kind for kind in get_args(Kind) if kind in kinds.split("+")]
 
 
-def _ladder(grow: Callable[[Inverted, float], Inverted], smallest: Inverted, sizes: int) -> Iterator[Trigger]:
+def ladder(grow: Callable[[Inverted, float], Inverted], smallest: Inverted, sizes: int) -> Iterator[Trigger]:
     """Yield a trigger at its own size, at twice that, at four times, ..., each grown from the one before."""
     now = smallest
     for step in range(sizes):
@@ -128,7 +128,7 @@ def stamping(triggers: Sequence[Trigger], share: float) -> BatchHook:
     return hook
 
 
-def _told(found: Sequence[Inverted], suspicion: Suspicion) -> tuple[dict[str, float], str]:
+def told(found: Sequence[Inverted], suspicion: Suspicion) -> tuple[dict[str, float], str]:
     """Return the log and a sentence about the most suspect class."""
     first = suspicion.ranking[0]
     kind, times, index = suspicion.kind[first], suspicion.shortcut[first], suspicion.anomaly[first]

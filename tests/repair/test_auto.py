@@ -1,0 +1,109 @@
+"""The repair that chooses: what it tries, by what it chooses, and that it takes a backdoor out without having seen it."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import make_images
+from secateur.errors import MethodError
+from secateur.measure import evaluate, wilson
+from secateur.prune.mask import parameter_masks
+from secateur.repair.auto import Tried, auto
+from secateur.state import generator
+from secateur.types import ChannelMask, Repaired
+
+module = sys.modules["secateur.repair.auto"]
+QUICK = partial(auto, steps=20, iterations=10, epochs=4, lr=0.05)
+
+
+def candidate(name, accuracy, lost, risk, error=0.0):
+    return Tried(name, Repaired(nn.Identity(), None), wilson(accuracy, 100), lost, error, risk, risk)
+
+
+@pytest.mark.parametrize(
+    ("tried", "chosen"),
+    [
+        ([("as it is", 90, 0.0, 0.9), ("cut", 89, 0.01, 0.1)], "cut"),
+        ([("as it is", 90, 0.0, 0.9), ("cut", 80, 0.1, 0.1)], "as it is"),
+        ([("as it is", 90, 0.0, 0.9), ("cut", 89, 0.01, 0.12), ("healed", 88, 0.02, 0.1)], "cut"),
+        ([("as it is", 90, 0.0, 0.9), ("cut", 89, 0.01, 0.16), ("healed", 88, 0.02, 0.1)], "healed"),
+        ([("as it is", 90, 0.0, 0.03), ("cut", 89, 0.01, 0.0)], "as it is"),
+        ([("as it is", 90, 0.0, 0.9), ("cut", 80, 0.1, 0.0), ("healed", 88, 0.02, 0.5)], "healed"),
+        ([("as it is", 90, 0.0, 0.9), ("cut", 87, 0.03, 0.1, 0.015), ("healed", 88, 0.02, 0.5)], "cut"),
+    ],
+)
+def test_the_lowest_risk_that_accuracy_allows_is_chosen_and_accuracy_decides_between_like_ones(tried, chosen):
+    assert module._best([candidate(*each) for each in tried], 0.02).name == chosen
+
+
+@pytest.fixture(scope="module")
+def repaired(victim):
+    return QUICK(victim.model, make_images(150, 9), drop=0.05, generator=generator(0))
+
+
+def test_it_takes_a_backdoor_out(victim, repaired):
+    before, after = (evaluate(net, victim.test, trigger=victim.trigger) for net in (victim.model, repaired.model))
+    assert after.attack_success is not None
+    assert after.attack_success.value < 0.3
+    assert after.accuracy.value > before.accuracy.value - 0.08
+    assert repaired.log["suspect"] == 0
+    assert repaired.log["risk"] < repaired.log["risk_before"] / 2
+
+
+def test_it_says_what_it_tried_and_chose(repaired):
+    names = [note.split(":")[0] for note in repaired.notes if note.startswith("tried ")]
+    assert names[:7] == [
+        f"tried {name}" for name in ("as it is", "clp", "bnp", "anp", "rnp", "healed", "healed, sharpness-aware")
+    ]
+    assert repaired.notes[-1].removeprefix("chosen: ") in {name.removeprefix("tried ") for name in names}
+
+
+def test_a_mask_that_does_not_apply_is_named(victim, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise MethodError("bnp needs batch-norms")
+
+    monkeypatch.setattr(module, "bnp", refuse)
+    result = QUICK(victim.model, make_images(60, 9), epochs=1, generator=generator(0))
+    assert "bnp does not apply: bnp needs batch-norms" in result.notes
+    assert not any(note.startswith("tried bnp") for note in result.notes)
+
+
+def test_what_the_chosen_mask_cuts_stays_cut(victim, monkeypatch):
+    """When the best mask, healed, is the best of all, its zeros are in the network that is returned."""
+    real = module._Judge.__call__
+
+    def partial_to(self, name, candidate):
+        tried = real(self, name, candidate)
+        good = {"clp": 0.5, "clp, healed": 0.0}.get(name, 1.0)
+        return Tried(name, candidate, tried.accuracy, 0.0, 0.0, good, None)
+
+    monkeypatch.setattr(module._Judge, "__call__", partial_to)
+    result = QUICK(victim.model, make_images(60, 9), epochs=1, generator=generator(0))
+    assert result.notes[-1] == "chosen: clp, healed"
+    assert isinstance(result.mask, ChannelMask)
+    for name, keep in parameter_masks(victim.model, result.mask).items():
+        assert not result.model.get_parameter(f"net.{name}")[~keep].any()
+
+
+def test_a_network_that_is_not_flagged_can_be_left_as_it_is(victim, monkeypatch):
+    found = module.examine(victim.model, make_images(60, 9), steps=4, generator=generator(0))
+    calm = type(found)(found.suspects, False, found.smallest, found.log, ("no class was flagged",))
+    monkeypatch.setattr(module, "examine", lambda *args, **kwargs: calm)
+    left = QUICK(victim.model, make_images(60, 9), unflagged="leave", generator=generator(0))
+    assert left.notes == ("no class was flagged",)
+    for name, value in victim.model.state_dict().items():
+        assert torch.equal(left.model.state_dict()[name], value)
+    healed = QUICK(victim.model, make_images(60, 9), epochs=1, generator=generator(0))
+    assert len(healed.notes) > 5
+
+
+@pytest.mark.parametrize("wrong", [{"drop": 2.0}, {"unflagged": "perhaps"}, {"steps": 0}, {"epochs": -1}, {"iterations": 0}])
+def test_arguments_out_of_range_are_refused(wrong, victim):
+    settings = {"steps": 2, "iterations": 2, "epochs": 1, **wrong}
+    with pytest.raises(MethodError):
+        auto(victim.model, make_images(40, 9), **settings, generator=generator(0))
