@@ -60,8 +60,8 @@ class Tried:
 
     @property
     def risk(self) -> float:
-        """The mean of both signs, in [0, 1]."""
-        return self.inverted if self.noise is None else (self.inverted + self.noise) / 2
+        """The geometric mean of both signs, in [0, 1]: a backdoor shows in both."""
+        return self.inverted if self.noise is None else math.sqrt(self.inverted * self.noise)
 
     def __str__(self) -> str:
         noise = "" if self.noise is None else f", neuron noise on {100 * self.noise:.0f} %"
@@ -91,9 +91,9 @@ def auto(
     2. Candidates: the network as it is; the masks of CLP, BNP, ANP and RNP; the network healed of the inverted triggers, by
        plain and by sharpness-aware steps (see `secateur.repair.forgetting.forget`); the best mask, healed, which may cost
        5 points more before it is.
-    3. Each is judged on a quarter of the clean images that nothing was learned from: its accuracy, and its risk: the mean of
-       how often the suspects' smallest triggers of four kinds succeed after they were adapted to the candidate at their size,
-       and of the share of images that adversarial noise on the neurons sends to a suspect.
+    3. Each is judged on a quarter of the clean images that nothing was learned from: its accuracy, and its risk. The risk is the
+       geometric mean of how often the suspects' smallest triggers of four kinds succeed after they were adapted to the
+       candidate at their size, and of the share of images that adversarial noise on the neurons sends to a suspect.
     4. Of the candidates that cost at most ``drop``, give or take a standard error, those of the lowest risk (within 3 points)
        compete by accuracy.
 
@@ -138,7 +138,7 @@ def auto(
     tried.append(judge("healed, sharpness-aware", Repaired(heal(model, lr=2 * lr, rho=SHARP), None)))
     mask = hard(cut.repaired.mask)
     if mask is not None:
-        healed = heal(cut.repaired.model, mask, lr=2 * lr, rho=SHARP)
+        healed = heal(cut.repaired.model, mask, lr=lr)
         tried.append(judge(f"{cut.name}, healed", Repaired(healed, mask, cut.repaired.path)))
     chosen = _best(tried, drop)
     log = {**evidence.log, "risk_before": tried[0].risk, "risk": chosen.risk}
