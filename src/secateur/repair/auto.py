@@ -30,6 +30,7 @@ from .forgetting import forget
 from .rnp import rnp
 
 HELD_OUT = 0.25  # share of the clean images that judges
+FLOOR = 0.05  # added to each sign of a backdoor
 ALIKE = 0.03  # risks that differ by less are alike
 REGAINED = 0.05  # accuracy that a mask may cost beyond ``drop`` when it is healed
 ROUNDS = 2  # of healing: triggers are adapted to what the round before left
@@ -60,8 +61,9 @@ class Tried:
 
     @property
     def risk(self) -> float:
-        """The geometric mean of both signs, in [0, 1]: a backdoor shows in both."""
-        return self.inverted if self.noise is None else math.sqrt(self.inverted * self.noise)
+        """The geometric mean of both signs, a floor added to each: a backdoor shows in both, but none in one is no proof."""
+        signs = (self.inverted, self.inverted if self.noise is None else self.noise)
+        return math.sqrt(math.prod(sign + FLOOR for sign in signs))
 
     def __str__(self) -> str:
         noise = "" if self.noise is None else f", neuron noise on {100 * self.noise:.0f} %"
@@ -91,9 +93,10 @@ def auto(
     2. Candidates: the network as it is; the masks of CLP, BNP, ANP and RNP; the network healed of the inverted triggers, by
        plain and by sharpness-aware steps (see `secateur.repair.forgetting.forget`); the best mask, healed, which may cost
        5 points more before it is.
-    3. Each is judged on a quarter of the clean images that nothing was learned from: its accuracy, and its risk. The risk is the
-       geometric mean of how often the suspects' smallest triggers of four kinds succeed after they were adapted to the
-       candidate at their size, and of the share of images that adversarial noise on the neurons sends to a suspect.
+    3. Each is judged on a quarter of the clean images that nothing was learned from: its accuracy, and its risk. The risk is
+       the geometric mean of how often the suspects' smallest triggers of four kinds succeed after they were adapted to the
+       candidate at their size, and of the share of images that adversarial noise on the neurons sends to a suspect, with 5
+       points added to each.
     4. Of the candidates that cost at most ``drop``, give or take a standard error, those of the lowest risk (within 3 points)
        compete by accuracy.
 
