@@ -68,7 +68,7 @@ class Tried:
     def __str__(self) -> str:
         noise = "" if self.noise is None else f", neuron noise on {100 * self.noise:.0f} %"
         return (
-            f"{self.name}: accuracy {100 * self.accuracy.value:.1f} % ({-100 * self.lost:+.1f} +- {100 * self.error:.1f}), "
+            f"{self.name}: accuracy {100 * self.accuracy.value:.1f} % ({0 - 100 * self.lost:+.1f} +- {100 * self.error:.1f}), "
             f"inverted triggers succeed on {100 * self.inverted:.0f} %{noise}"
         )
 
