@@ -10,6 +10,7 @@ from torch import nn
 
 from secateur.errors import MethodError, ModelError
 from secateur.prune import apply_mask, carry_over, collapsed, parameter_masks, removed
+from secateur.prune.mask import edited
 from secateur.types import ChannelMask, SoftMask, WeightMask
 
 HALF = torch.tensor([True, False, True, False])
@@ -104,7 +105,7 @@ def test_apply_silences_a_channel_only_with_the_bias(tiny, images):
     seen: dict[str, torch.Tensor] = {}
     x, _ = next(images.batches(8))
     for edit in ("weight+bias", "weight"):
-        masked = apply_mask(model, ChannelMask({"bn1": HALF}), edit=edit)
+        masked = apply_mask(model, edited(model, ChannelMask({"bn1": HALF}), edit))
         masked.net.bn1.register_forward_hook(lambda *args, edit=edit: seen.__setitem__(edit, args[2]))
         masked(x)
     assert bool((seen["weight+bias"][:, ~HALF] == 0).all())

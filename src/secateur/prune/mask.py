@@ -74,7 +74,7 @@ def _check(name: str, parameter: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ModelError(f"the mask of '{name}' must have shape {tuple(parameter.shape)}, got {shape}")
 
 
-def masked_values(model: nn.Module, mask: Mask, *, edit: Edit = "weight+bias") -> dict[str, Tensor]:
+def masked_values(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
     """Return the new values of the parameters that a mask sets to 0 in part (or scales, for a `SoftMask`), by name.
 
     Raises:
@@ -83,7 +83,7 @@ def masked_values(model: nn.Module, mask: Mask, *, edit: Edit = "weight+bias") -
     parameters = {name: parameter.detach() for name, parameter in core(model).named_parameters()}
     if isinstance(mask, SoftMask):
         return {key: value for name, factor in mask.scale.items() for key, value in _scaled(parameters, name, factor)}
-    keeps = parameter_masks(model, mask, edit=edit)
+    keeps = parameter_masks(model, mask)
     return {name: parameters[name].masked_fill(~keep.to(parameters[name].device), 0) for name, keep in keeps.items()}
 
 
@@ -100,12 +100,12 @@ def _scaled(parameters: Mapping[str, Tensor], name: str, factor: Tensor) -> Iter
             yield key, parameter * factor.to(parameter).reshape(-1, *[1] * (parameter.ndim - 1))
 
 
-def apply_mask(model: nn.Module, mask: Mask, *, edit: Edit = "weight+bias") -> nn.Module:
+def apply_mask(model: nn.Module, mask: Mask) -> nn.Module:
     """Return a copy of ``model`` with what the mask cuts set to 0 (or scaled, for a `SoftMask`)."""
     copy = deepcopy(model)
     parameters = dict(core(copy).named_parameters())
     with torch.no_grad():
-        for name, value in masked_values(model, mask, edit=edit).items():
+        for name, value in masked_values(model, mask).items():
             parameters[name].copy_(value)
     return copy
 
