@@ -10,7 +10,6 @@ triggers lie in ``../triggers``. CIFAR10.npz holds test_x, test_y (uint8, NHWC):
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 
 from secateur import runs
+from secateur.cli.options import literal
 from secateur.data import stratified
 from secateur.intake import load
 from secateur.state import generator
@@ -74,7 +74,7 @@ def main() -> None:
         torch.from_numpy(arrays["test_x"]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(arrays["test_y"]).long(), CLASSES
     )
     seen, measured = stratified(test.y, [2500, 7500], generator=generator(given.seed))
-    settings = dict(map(_setting, given.set))
+    settings = {name: literal(value) for name, _, value in (text.partition("=") for text in given.set)}
     given.output.mkdir(parents=True, exist_ok=True)
     for name, (file, trigger, reported) in cases(given.checkpoints).items():
         if given.only and not any(part in name for part in given.only):
@@ -101,14 +101,6 @@ def main() -> None:
         (given.output / f"{given.method} {name}.json".replace(" ", "-")).write_text(json.dumps(row, indent=1) + "\n", "utf-8")
     rows = [json.loads(path.read_text("utf-8")) for path in sorted(given.output.glob("*.json"))]
     (given.output / "table.md").write_text(table(rows), "utf-8")
-
-
-def _setting(text: str) -> tuple[str, object]:
-    name, _, value = text.partition("=")
-    try:
-        return name, ast.literal_eval(value)
-    except ValueError:
-        return name, value
 
 
 def table(rows: list[dict]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from conftest import make_images
 from secateur.detect import invert, strengthen
-from secateur.errors import DataError
+from secateur.errors import DataError, ModelError
 from secateur.measure import evaluate
 from secateur.repair import evidence
 from secateur.repair.anp import adversarial_noise
@@ -52,6 +52,18 @@ def test_when_none_is_flagged_unlearning_names_one(victim, monkeypatch):
     assert found.suspects == (2,)
     assert "any network" in found.notes[1]
     assert {each.target for each in found.smallest} == {2}
+
+
+def test_unlearning_that_diverges_leaves_the_guess_to_inversion(victim, monkeypatch):
+    def diverge(*args, **kwargs):
+        raise ModelError("unlearning diverged")
+
+    monkeypatch.setattr(evidence, "suspected", partial(evidence.suspected, shortcut=1e6))
+    monkeypatch.setattr(evidence, "unlearn", diverge)
+    found = LOOK(victim.model, make_images(90, 9), generator=generator(0))
+    assert not found.flagged
+    assert found.log["healed_class"] == found.log["suspect"] == found.suspects[0]
+    assert "unlearning failed" in found.notes[1]
 
 
 def test_unlearning_ends_at_the_backdoor(victim):

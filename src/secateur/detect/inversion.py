@@ -119,9 +119,9 @@ def invert(
         generator: Source of all randomness.
 
     Raises:
-        DataError: ``clean`` is too small to hold a fifth out, or it holds images of one class only.
+        DataError: ``clean``, or the fifth held out of it, is empty or of one class only.
         MethodError: An argument is out of range.
-        ModelError: The network gives no finite logits.
+        ModelError: The network's answers are no logits of these classes.
 
     Differs from the authors' code of Neural Cleanse and of its successor in that a size that follows the success rate takes the
     place of a weight on the size in the loss, in that the classes are inverted together, and in that success is measured on
@@ -167,9 +167,9 @@ def strengthen(
         generator: Source of all randomness.
 
     Raises:
-        DataError: ``clean`` is too small to hold a fifth out, or it holds images of one class only.
+        DataError: ``clean``, or the fifth held out of it, is empty or of one class only.
         MethodError: An argument is out of range.
-        ModelError: The network gives no finite logits.
+        ModelError: The network's answers are no logits of these classes.
     """
     _check(clean, [found.target], found.kind, steps, batch_size, 1, precision)
     check_range("factor", factor, 0.01, 100)
@@ -337,6 +337,10 @@ class _Search:
         hits, shown = self._count(judged)
         for row, target in enumerate(self.targets.tolist()):
             others = (torch.arange(self.classes) != target) & (shown > 0)
+            if not others.any():
+                raise DataError(
+                    f"the images held out of inversion are all of class {target}; give more images of other classes"
+                )
             yield Inverted(
                 target,
                 self.kind,

@@ -1,6 +1,7 @@
 """Repairs: what ``--method`` names. Each takes a network and clean images, and returns a `Repaired`."""
 
 from .anp import anp
+from .auto import auto
 from .awm import awm
 from .bnp import bnp
 from .clp import clp
@@ -23,6 +24,7 @@ from .tsbd import tsbd
 
 __all__ = [
     "anp",
+    "auto",
     "awm",
     "bnp",
     "clp",

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ..data import holdout
 from ..detect import Precision
-from ..errors import MethodError, ModelError, check_choice, check_range
+from ..errors import DataError, MethodError, ModelError, check_choice, check_range
 from ..measure import correct, wilson
 from ..prune.mask import hard
+from ..recipe import Recipe
 from ..train import OnStep
-from ..types import HardMask, ImageSet, Rate, Repaired
+from ..types import ImageSet, Rate, Repaired
 from .anp import anp
 from .bnp import bnp
 from .clp import clp
@@ -91,12 +92,12 @@ def auto(
 
     1. Triggers are inverted and suspects named (see `secateur.repair.evidence.examine`).
     2. Candidates: the network as it is; the masks of CLP, BNP, ANP and RNP; the network healed of the inverted triggers, by
-       plain and by sharpness-aware steps (see `secateur.repair.forgetting.forget`); the best mask, healed, which may cost
-       5 points more before it is.
-    3. Each is judged on a quarter of the clean images that nothing was learned from: its accuracy, and its risk. The risk is
-       the geometric mean of how often the suspects' smallest triggers of four kinds succeed after they were adapted to the
+       plain and by sharpness-aware steps (see `secateur.repair.forgetting.forget`); the best mask, healed.
+    3. Each is judged on a quarter of the clean images, from which no weight was learned: its accuracy, and its risk. The risk
+       is the geometric mean of how often the suspects' smallest triggers of four kinds succeed after they were adapted to the
        candidate at their size, and of the share of images that adversarial noise on the neurons sends to a suspect, with 5
-       points added to each.
+       points added to each. The triggers that judge start from those that healing trains against: for a healed candidate
+       their success is an optimistic sign, which the noise is to balance.
     4. Of the candidates that cost at most ``drop``, give or take a standard error, those of the lowest risk (within 3 points)
        compete by accuracy.
 
@@ -111,42 +112,54 @@ def auto(
         unflagged: What to do when inversion flags no class: ``heal`` all the same, as an insurance against backdoors that it
             does not see, or ``leave`` the network as it is.
         precision: Of the inversion; ``bfloat16`` is faster on processors that have it.
-        on_step: Progress of each healing in turn.
+        on_step: Progress of each round of healing in turn.
         generator: Source of all randomness.
 
     Raises:
-        DataError: ``clean`` is too small to hold a quarter out.
+        DataError: There are fewer than 40 clean images, or those that judge are of one class.
         MethodError: An argument is out of range, or there are fewer than three classes.
-        ModelError: The network gives no finite logits.
     """
     check_range("drop", drop, 0, 1)
     check_range("iterations", iterations, 1, 2**31)
     check_choice("unflagged", unflagged, ("heal", "leave"))
+    Recipe(epochs=epochs, lr=2 * lr)  # refuses now what would be refused after minutes
     fitted, judged = holdout(clean, HELD_OUT, generator=generator)
+    _check_images(clean, judged)
     evidence = examine(model, fitted, steps=steps, precision=precision, generator=generator)
     untouched = Repaired(deepcopy(model).eval(), None)
     if unflagged == "leave" and not evidence.flagged:
         return Repaired(untouched.model, None, log=evidence.log, notes=evidence.notes)
     judge = _Judge(model, judged, evidence, precision, generator)
     heal = _Healer(model, fitted, evidence, epochs, precision, on_step, generator)
-    tried = [judge("as it is", untouched)]
-    skipped = []
-    for name, mask in _masks(model, fitted, drop, iterations, generator):
+    tried, failed = [judge("as it is", untouched)], []
+
+    def attempt(name: str, make: Callable[[], Repaired]) -> None:
         try:
-            tried.append(judge(name, mask()))
+            repaired = make()
         except (MethodError, ModelError) as error:
-            skipped.append(f"{name} does not apply: {error}")
+            failed.append(f"{name} was not possible: {error}")
+        else:
+            tried.append(judge(name, repaired))
+
+    for name, make in _masks(model, fitted, drop, iterations, generator):
+        attempt(name, make)
     cut = _best(tried, drop + REGAINED)
-    tried.append(judge("healed", Repaired(heal(model, lr=lr), None)))
-    tried.append(judge("healed, sharpness-aware", Repaired(heal(model, lr=2 * lr, rho=SHARP), None)))
-    mask = hard(cut.repaired.mask)
-    if mask is not None:
-        healed = heal(cut.repaired.model, mask, lr=lr)
-        tried.append(judge(f"{cut.name}, healed", Repaired(healed, mask, cut.repaired.path)))
+    attempt("healed", partial(heal, untouched, lr=lr))
+    attempt("healed, sharpness-aware", partial(heal, untouched, lr=2 * lr, rho=SHARP))
+    if cut.repaired.mask is not None:
+        attempt(f"{cut.name}, healed", partial(heal, cut.repaired, lr=lr))
     chosen = _best(tried, drop)
-    log = {**evidence.log, "risk_before": tried[0].risk, "risk": chosen.risk}
-    notes = (*evidence.notes, *(f"tried {each}" for each in tried), *skipped, f"chosen: {chosen.name}")
-    return Repaired(chosen.repaired.model, chosen.repaired.mask, chosen.repaired.path, log, notes)
+    best = chosen.repaired
+    log = {**evidence.log, **best.log, "risk_before": tried[0].risk, "risk": chosen.risk}
+    notes = (*evidence.notes, *(f"tried {each}" for each in tried), *failed, f"chosen: {chosen.name}", *best.notes)
+    return Repaired(best.model, best.mask, best.path, log, notes)
+
+
+def _check_images(clean: ImageSet, judged: ImageSet) -> None:
+    if len(clean.classes) < 3:
+        raise MethodError(f"auto compares classes and needs at least 3, got {len(clean.classes)}; use anp, rnp or ft-sam")
+    if len(judged) < 10 or len(judged.y.unique()) < 2:
+        raise DataError(f"auto needs at least 40 clean images, of several classes, got {len(clean)}; give more images")
 
 
 def _masks(
@@ -183,12 +196,13 @@ class _Healer:
         self.triggers = self.grow(model)
         self.train = partial(forget, clean=clean, teacher=model, epochs=epochs, on_step=on_step, generator=generator)
 
-    def __call__(self, model: nn.Module, mask: HardMask | None = None, *, lr: float, rho: float = 0.0) -> nn.Module:
-        now, triggers = model, list(self.triggers)
+    def __call__(self, start: Repaired, *, lr: float, rho: float = 0.0) -> Repaired:
+        """Return what a candidate becomes; what it cuts stays cut."""
+        now, triggers, mask = start.model, list(self.triggers), hard(start.mask)
         for number in range(ROUNDS):
             triggers += self.grow(now) if number else []
             now = self.train(now, triggers=triggers, mask=mask, lr=lr, rho=rho)
-        return now
+        return Repaired(now, mask, log=start.log, notes=start.notes)
 
 
 class _Judge:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data import sample
-from ..detect import Inverted, Kind, Precision, invert, strengthen, suspected
+from ..detect import Inverted, Kind, Precision, Suspicion, invert, strengthen, suspected
+from ..errors import ModelError
 from ..measure import evaluate
 from ..prune.neurons import Neurons
 from ..types import ImageSet, Trigger
@@ -78,16 +79,30 @@ def examine(
     log, note = told(found, suspicion)
     suspects, notes = suspicion.flagged, (note,)
     if not suspects:
-        suspects = (unlearned_class(model, clean, generator=generator),)
-        notes = (note, f"unlearning names class {suspects[0]} as the most suspect, as it names one for any network")
-    log["suspect"] = float(suspects[0])
+        suspects, said = _guess(model, clean, suspicion, generator)
+        notes = (note, said)
+    log["healed_class"] = float(suspects[0])
     smallest = [each for each in found if each.target in suspects]
     smallest += [each for kind in get_args(Kind) if kind not in ("sparse", "smooth") for each in look(suspects, kind=kind)]
     return Evidence(suspects, bool(suspicion.flagged), tuple(smallest), log, notes)
 
 
+def _guess(model: nn.Module, clean: ImageSet, suspicion: Suspicion, generator: torch.Generator) -> tuple[tuple[int], str]:
+    """Return the class to heal in a network in which none was flagged, and a sentence about it."""
+    try:
+        suspect = unlearned_class(model, clean, generator=generator)
+    except ModelError as error:
+        first = suspicion.ranking[0]
+        return (first,), f"unlearning failed ({error}), so class {first}, the most suspect of inversion, was healed"
+    return (suspect,), f"unlearning names class {suspect} as the most suspect, as it names one for any network"
+
+
 def unlearned_class(model: nn.Module, clean: ImageSet, *, generator: torch.Generator) -> int:
-    """Return the class to which a copy that has unlearned the clean images sends most of those of other classes."""
+    """Return the class to which a copy that has unlearned the clean images sends most of those of other classes.
+
+    Raises:
+        ModelError: Unlearning diverged.
+    """
     unlearned, _ = unlearn(model, clean, lr=0.01, until=0.1, epochs=20, generator=generator)
     chosen = clean.subset(torch.randperm(len(clean), generator=generator)[:UNLEARNED])
     batches = sample(chosen, min(256, len(chosen)), 2, device=next(model.parameters()).device, generator=generator)
