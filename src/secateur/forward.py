@@ -2,12 +2,14 @@
 
 A pruning search asks for thousands of networks that differ in a few parameters. `Incremental` traces the network once
 (torch.fx). What lies before the first changed layer, and beside all of them, is the same in every variant: it is computed once
-and kept, within a budget of memory.
+and kept, within a budget of memory. Where a few channels change, predictions are found from these channels and from what is
+kept of the unchanged network (see `secateur.models.channelwise`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -21,6 +23,7 @@ from torch.func import functional_call
 from . import state
 from .errors import MethodError, ModelError, check_range
 from .models import core
+from .models.channelwise import Channelwise
 from .models.graph import Graph
 from .types import ImageSet, to_float
 
@@ -80,7 +83,7 @@ class Incremental:
             expected = self._whole({}, x)
         with torch.no_grad():  # which counts writes, as inference mode does not
             try:
-                same = torch.equal(graph.run(graph.order, {graph.start: x}, {}, guard=True)[graph.end], expected)
+                same = torch.equal(graph.run(graph.order, {graph.start: x}, {}, step=graph.guarded_step)[graph.end], expected)
             except Exception as error:  # noqa: BLE001 - a trace can hold what only the tracer's own input allowed
                 self.note = f"every variant is computed in full: {_first_line(error)}"
                 return None
@@ -105,12 +108,32 @@ class Incremental:
         """
         yield from self._stream(self._changed(changes))
 
-    def _stream(self, changed: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    def _stream(self, changed: Mapping[str, Tensor], way: Channelwise | None = None) -> Iterator[Tensor]:
         for batch in range(len(self._batches)):
             with torch.inference_mode():
-                logits = self._logits(changed, batch)
+                logits = None if way is None else self._nearly(changed, batch, way)
+                logits = self._logits(changed, batch) if logits is None else logits
             self.forwards += 1
             yield logits
+
+    def _nearly(self, changed: Mapping[str, Tensor], batch: int, way: Channelwise) -> Tensor | None:
+        """Return logits up to rounding, whose order is sure; None where it is not."""
+        assert self._graph is not None
+        reached, border = self._graph.reach(changed)
+        values = self._border(self._graph, [*border, *way.olds], batch)
+        olds = {node: values.pop(node) for node in way.olds}
+        logits = self._graph.run(reached, values, changed, step=way.step(olds))[self._graph.end]
+        return None if _close(logits).any() else logits
+
+    def _way(self, changed: Mapping[str, Tensor]) -> Channelwise | None:
+        """Return how to spare work within layers; None if there is nothing to spare, or too much to remember for it."""
+        if self._graph is None or not self._graph.shapes:
+            return None
+        reached, border = self._graph.reach(changed)
+        way = Channelwise(self._graph, reached, changed)
+        shapes = [self._graph.shapes.get(node, ()) for node in (*border, *way.olds)]
+        size = 4 * len(self.data) * sum(math.prod(shape[1:]) for shape in shapes)  # bytes, in float32
+        return way if way.saves and size <= self._memory else None
 
     def _logits(self, changed: Mapping[str, Tensor], batch: int) -> Tensor:
         if self._graph is None:
@@ -163,7 +186,7 @@ class Incremental:
         if key in self._memo:
             self._memo.move_to_end(key)
             return self._memo[key].long()
-        parts = [part.argmax(dim=1).to("cpu", torch.int32) for part in self._stream(changed)]
+        parts = [part.argmax(dim=1).to("cpu", torch.int32) for part in self._stream(changed, self._way(changed))]
         answers = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
         self._memo[key] = answers
         if len(self._memo) * answers.nbytes > self._memory:
@@ -228,12 +251,17 @@ def _cut_points(
     wide = features.double()
     lost = [wide[:, group] @ weight[:, group].T for group in (g.to(features.device) for g in groups)]
     logits = wide @ weight.T + bias - torch.stack([torch.zeros_like(wide @ weight.T), *lost]).cumsum(dim=0)
-    top = logits.topk(min(2, logits.shape[-1]), dim=-1)
-    answers = top.indices[..., 0]
-    close = (top.values[..., 0] - top.values[..., -1]) <= NEAR * (1 + logits.abs().amax(dim=-1))
-    for cut in close.any(dim=1).nonzero().flatten().tolist() if logits.shape[-1] > 1 else ():
+    answers = logits.argmax(dim=-1)
+    for cut in _close(logits).any(dim=1).nonzero().flatten().tolist():
         answers[cut] = F.linear(features, layer.weight * keep[cut], layer.bias).argmax(dim=1)
     return answers
+
+
+def _close(logits: Tensor) -> Tensor:
+    """Return where the two largest logits may swap places by rounding, bool without the last dimension; NaN is close."""
+    top = logits.topk(min(2, logits.shape[-1]), dim=-1).values
+    apart = (top[..., 0] - top[..., -1]) > NEAR * (1 + logits.abs().amax(dim=-1))
+    return ~apart if logits.shape[-1] > 1 else torch.zeros_like(apart)
 
 
 def check_logits(answer: Any, images: int, classes: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,9 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
 
+Step = Callable[[fx.Node, Mapping[fx.Node, Any], dict[str, Tensor]], Any]
+
+
 @dataclass(frozen=True, eq=False)
 class _Owner:
     """A parameter as a node has it: the name within the node's module, empty for the node's own attribute."""
@@ -41,6 +44,7 @@ class Graph:
         order: All nodes, in the order of computation.
         start: The images.
         end: The logits.
+        shapes: Shapes of the values of the last guarded run.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,6 +64,7 @@ class Graph:
         strange = {node.target for node in self.order if node.op == "get_attr"} - self._owners.keys()
         if strange:
             raise ModelError(f"the trace holds a tensor that is no parameter or buffer, '{min(map(str, strange))}'")
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self._reach: dict[frozenset[str], tuple[list[fx.Node], list[fx.Node]]] = {}
 
     def _find_owners(self, model: nn.Module) -> dict[str, list[_Owner]]:
@@ -105,30 +110,52 @@ class Graph:
         changed: Mapping[str, Tensor],
         wanted: Iterable[fx.Node] = (),
         *,
-        guard: bool = False,
+        step: Step | None = None,
     ) -> dict[fx.Node, Any]:
-        """Compute ``nodes`` in this order from the ``values`` of others; return the end, the ``wanted`` and what is left."""
+        """Compute ``nodes`` in this order from the ``values`` of others; return the end, the ``wanted`` and what is left.
+
+        Args:
+            nodes: What to compute.
+            values: Of the nodes that these need.
+            changed: Parameters and buffers by full name.
+            wanted: Nodes whose values are to be kept.
+            step: Computes a node from the values so far and its own changed parameters; `step` by default.
+        """
         environment = dict(values)
         last: dict[fx.Node, fx.Node] = {source: node for node in nodes for source in node.all_input_nodes}
         stay = {self.end, *wanted}
-        new: dict[fx.Node, dict[str, Tensor]] = {}
-        for name, value in changed.items():
-            for owner in self._owners[name]:
-                new.setdefault(owner.node, {})[owner.local] = value
+        new, step = self.owned(changed), step or self.step
         for node in nodes:
             if node not in environment:
-                step = self._guarded_step if guard else self._step
                 environment[node] = step(node, environment, new.get(node, {}))
             for source in node.all_input_nodes:
                 if last[source] is node and source not in stay:
                     environment.pop(source, None)
         return environment
 
-    def _guarded_step(self, node: fx.Node, environment: Mapping[fx.Node, Any], new: dict[str, Tensor]) -> Any:
-        """Compute a node; refuse one that writes into a value, and one that did so to a view of a value still needed."""
+    def owned(self, changed: Mapping[str, Tensor]) -> dict[fx.Node, dict[str, Tensor]]:
+        """Return what changes by the node that reads it, and by the name that it has there."""
+        new: dict[fx.Node, dict[str, Tensor]] = {}
+        for name, value in changed.items():
+            for owner in self._owners[name]:
+                new.setdefault(owner.node, {})[owner.local] = value
+        return new
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that a node calls, if it does."""
+        return self._modules[str(node.target)] if node.op == "call_module" else None
+
+    def guarded_step(self, node: fx.Node, environment: Mapping[fx.Node, Any], new: dict[str, Tensor]) -> Any:
+        """Compute a node; refuse one that writes into a value, and one that did so to a view of a value still needed.
+
+        Raises:
+            ModelError: It does.
+        """
         tensors = {source: value for source, value in environment.items() if isinstance(value, Tensor)}
         versions = {source: value._version for source, value in tensors.items()}
-        result = self._step(node, environment, new)
+        result = self.step(node, environment, new)
+        if isinstance(result, Tensor):
+            self.shapes[node] = tuple(result.shape)
         if any(value._version != versions[source] for source, value in tensors.items()):
             raise ModelError(f"'{node.name}' writes into its input")
         first = node.args[0] if node in self._rewritten else None
@@ -138,7 +165,8 @@ class Graph:
                 raise ModelError(f"'{node.name}' writes into a view")
         return result
 
-    def _step(self, node: fx.Node, environment: Mapping[fx.Node, Any], new: dict[str, Tensor]) -> Any:
+    def step(self, node: fx.Node, environment: Mapping[fx.Node, Any], new: dict[str, Tensor]) -> Any:
+        """Compute a node from the values of others, with ``new`` in place of parameters and buffers of its module."""
         args = map_arg(node.args, environment.__getitem__)
         kwargs = map_arg(node.kwargs, environment.__getitem__)
         if node.op == "output":
