@@ -3,8 +3,8 @@
     python scripts/repair_third_party.py CHECKPOINTS CIFAR10.npz -o results/auto/third-party --set precision=bfloat16
 
 CHECKPOINTS holds the authors' files: I-BAU's (github YiZeng623/I-BAU @d4bfa526) and NAD's (github bboylyg/NAD @f17b7139); their
-triggers lie in ``../triggers``. CIFAR10.npz holds test_x, test_y (uint8, NHWC): 2500 test images are the clean data, the other
-7500 measure. None was in the networks' training.
+triggers lie in ``../triggers``. CIFAR10.npz holds test_x, test_y (uint8, NHWC): 2500 test images are the clean data unless told
+otherwise, the others measure. None was in the networks' training.
 """
 
 from __future__ import annotations
@@ -67,13 +67,14 @@ def main() -> None:
     parser.add_argument("--method", default="auto")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--only", nargs="*", help="part of a network's name")
+    parser.add_argument("--clean", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     arrays = np.load(given.data)
     test = ImageSet(
         torch.from_numpy(arrays["test_x"]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(arrays["test_y"]).long(), CLASSES
     )
-    seen, measured = stratified(test.y, [2500, 7500], generator=generator(given.seed))
+    seen, measured = stratified(test.y, [given.clean, len(test) - given.clean], generator=generator(given.seed))
     settings = {name: literal(value) for name, _, value in (text.partition("=") for text in given.set)}
     given.output.mkdir(parents=True, exist_ok=True)
     for name, (file, trigger, reported) in cases(given.checkpoints).items():

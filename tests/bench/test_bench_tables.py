@@ -71,6 +71,7 @@ class Table:
         self.graph = expand(self.plan, digest=lambda name: name)
         self.store = Store(path / "store")
         self.store.make()
+        self.flags = {}
 
     def cells(self, **columns):
         return [cell for cell in self.graph.cells if all(getattr(cell, name) == value for name, value in columns.items())]
@@ -90,7 +91,11 @@ class Table:
     def finish(self, cell, accuracy, success=None, scale=1.0):
         for key in cell.keys[:-1]:
             if not self.store.done(key):
-                self.put(key, {"log": {"removed_share": 0.25}} if self.graph.nodes[key].stage == "repair" else {}, scale)
+                self.put(
+                    key,
+                    {"log": {"removed_share": 0.25, **self.flags}} if self.graph.nodes[key].stage == "repair" else {},
+                    scale,
+                )
         measured = {"accuracy": rate(accuracy)}
         if success is not None:
             measured |= {"attack_success": rate(success), "triggered_accuracy": rate(1 - success)}
@@ -491,3 +496,25 @@ def test_visibility_stands_in_the_cells_of_an_attack_study_alone(tmp_path, full)
     rows = list(csv.DictReader(io.StringIO(attack_study(tmp_path / "a").render("csv"))))
     assert {row["backdoor"]: row["ssim"] for row in rows} == {"BadNets": "0.9876", "Blended": "", "none": ""}
     assert "ssim" not in full.render("csv").splitlines()[0]
+
+
+def test_what_was_flagged_counts_each_network_once(tmp_path):
+    """A benign network stands in the table once per trigger, and a repair that does not look is no part of it."""
+    table = Table(tmp_path)
+    for cell in table.graph.cells:
+        table.flags = {} if cell.repair == "tuned" else {"flagged": float(cell.backdoor == "BadNets" or cell.victim_seed == 0)}
+        table.finish(cell, *numbers(cell))
+    [section] = table.render("md").split("## What was flagged")[1:]
+    lines = [line for line in section.split("##")[0].splitlines() if "|" in line]
+    assert len(lines) == 3
+    assert lines[2] == r"| pruned | 6 of 6 | 2 of 6 | 66.7 \[39.1, 86.2\] of 12 | 33.3 \[9.7, 70.0\] of 6 |"
+    cells = list(csv.DictReader(io.StringIO(table.render("csv"))))
+    assert {row["flagged"] for row in cells if row["repair"] == "tuned"} == {""}
+    assert {row["flagged"] for row in cells if row["repair"] == "pruned" and row["backdoor"] == "BadNets"} == {"1"}
+    assert {cell["flagged"] for cell in json.loads(table.render("json"))["cells"]} == {None, 0, 1}
+
+
+def test_nothing_is_said_of_flags_where_no_repair_looks(tmp_path):
+    table = Table(tmp_path)
+    table.fill()
+    assert "flagged" not in table.render("md")

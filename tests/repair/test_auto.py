@@ -43,11 +43,22 @@ def test_the_lowest_risk_that_accuracy_allows_is_chosen_and_accuracy_decides_bet
     assert module._best([candidate(*each) for each in tried], 0.02).name == chosen
 
 
+def only(monkeypatch, *names):
+    """Try these alone."""
+    every = module._attempts
+    monkeypatch.setattr(module, "_attempts", lambda *given: [each for each in every(*given) if each[0] in names])
+
+
 @pytest.fixture
 def one_mask(monkeypatch):
-    """Try one mask, the one that costs nothing."""
-    every = module._masks
-    monkeypatch.setattr(module, "_masks", lambda *args: list(every(*args))[:1])
+    """Try one mask, the one that costs nothing, and healing."""
+    only(monkeypatch, "clp", "healed")
+
+
+@pytest.fixture
+def never_clear(monkeypatch):
+    """Try everything."""
+    monkeypatch.setattr(module, "CLEAR", -1.0)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +77,77 @@ def test_it_takes_a_backdoor_out(victim, repaired):
 
 def test_it_says_what_it_tried_and_chose(repaired):
     names = [note.split(":")[0] for note in repaired.notes if note.startswith("tried ")]
-    assert names[:7] == [
-        f"tried {name}" for name in ("as it is", "clp", "bnp", "anp", "rnp", "healed", "healed, sharpness-aware")
+    assert names[:4] == [
+        f"tried {name}" for name in ("as it is", "healed", "healed, 50 % of the way", "healed, 75 % of the way")
     ]
+    assert "clp cut nothing" in repaired.notes
     [chosen] = [note.removeprefix("chosen: ") for note in repaired.notes if note.startswith("chosen: ")]
     assert f"tried {chosen}" in names
+
+
+@pytest.mark.parametrize(("reached", "tried"), [("as it is", 1), ("healed, 50 % of the way", 4), ("anp", 5)])
+def test_nothing_more_is_tried_once_a_candidate_is_clear(victim, monkeypatch, reached, tried):
+    """The two on the way to a healed network cost next to nothing, and are judged with it."""
+    only(monkeypatch, "healed", "anp", "rnp")
+    monkeypatch.setattr(module, "anp", lambda model, *args, **kwargs: Repaired(model, None))
+    judge = module._Judge
+
+    class Set(judge):
+        def __call__(self, name, repaired):
+            sign = 0.0 if name == reached else 0.5
+            return Tried(name, repaired, wilson(9, 10), 0.0, 0.0, sign, None if sign else 0.1)
+
+    monkeypatch.setattr(module, "_Judge", Set)
+    result = QUICK(victim.model, make_images(60, 9), steps=4, epochs=0, generator=generator(0))
+    assert sum(note.startswith("tried ") for note in result.notes) == tried
+    assert f"chosen: {reached}" in result.notes
+
+
+@pytest.mark.parametrize(
+    ("inverted", "noise", "lost", "over"),
+    [
+        (0.1, 0.1, 0.02, True),
+        (0.11, 0.0, 0.0, False),
+        (0.0, 0.11, 0.0, False),
+        (0.1, None, 0.0, True),
+        (0.0, 0.0, 0.021, False),
+    ],
+)
+def test_clear_is_what_shows_neither_sign_and_is_not_too_dear(inverted, noise, lost, over):
+    contest = module._Contest(
+        nn.Identity(), lambda name, made: Tried(name, made, wilson(9, 10), lost, 0.0, inverted, noise), 0.02
+    )
+    contest.enter("a", lambda: Repaired(nn.Identity(), None))
+    assert contest.over == over
+
+
+def test_the_judge_draws_the_same_for_each_candidate(victim):
+    evidence = module.examine(victim.model, make_images(60, 9), steps=4, generator=generator(0))
+    judge = module._Judge(victim.model, make_images(60, 9), make_images(40, 10), evidence, 4, "float32", generator(0))
+    one, other = (judge("again", Repaired(victim.model, None)) for _ in range(2))
+    assert (one.inverted, one.noise) == (other.inverted, other.noise)
+    assert one.lost == 0
+
+
+def test_the_worst_suspect_counts(victim, monkeypatch):
+    evidence = module.examine(victim.model, make_images(60, 9), steps=4, generator=generator(0))
+    two = module.Evidence((0, 2), True, evidence.smallest, {}, ())
+    judge = module._Judge(victim.model, make_images(60, 9), make_images(40, 10), two, 4, "float32", generator(0))
+    assert [(each.target, each.kind) for each in judge.triggers][:3] == [(0, "patch"), (2, "patch"), (0, "sparse")]
+    rates = {"patch": 0.1, "sparse": 0.3, "dense": 0.5, "smooth": 0.3}
+    monkeypatch.setattr(
+        module, "regrown", lambda net, fitted, judged, each, **given: rates[each.kind] * (1 + (each.target == 2))
+    )
+    assert judge("it", Repaired(victim.model, None)).inverted == pytest.approx(0.6)
+
+
+@pytest.mark.usefixtures("never_clear")
+def test_progress_goes_on_from_round_to_round(victim, monkeypatch):
+    only(monkeypatch, "healed", "healed, sharpness-aware")
+    told = []
+    given = {"steps": 2, "epochs": 1, "on_step": lambda step, steps: told.append((step, steps))}
+    QUICK(victim.model, make_images(60, 9), **given, generator=generator(0))
+    assert told == [(step, 6) for step in (1, 2, 3, 4)]
 
 
 def test_a_mask_that_does_not_apply_is_named(victim, monkeypatch):
@@ -78,7 +155,7 @@ def test_a_mask_that_does_not_apply_is_named(victim, monkeypatch):
         raise MethodError("bnp needs batch-norms")
 
     monkeypatch.setattr(module, "bnp", refuse)
-    monkeypatch.setattr(module, "_masks", lambda *args, every=module._masks: list(every(*args))[:2])
+    only(monkeypatch, "clp", "bnp")
     result = QUICK(victim.model, make_images(60, 9), steps=4, epochs=1, generator=generator(0))
     assert "bnp was not possible: bnp needs batch-norms" in result.notes
     assert not any(note.startswith("tried bnp") for note in result.notes)
@@ -89,7 +166,7 @@ def test_what_the_chosen_mask_cuts_stays_cut(victim, monkeypatch):
     name = next(name for name, m in core(victim.model).named_modules() if isinstance(m, nn.BatchNorm2d)) + ".weight"
     mask = WeightMask({name: torch.arange(len(core(victim.model).get_parameter(name))) > 0})
     cut = Repaired(apply_mask(victim.model, mask), mask, log={"removed": 1.0}, notes=("a note of the mask",))
-    monkeypatch.setattr(module, "_masks", lambda *args: [("cut", lambda: cut)])
+    monkeypatch.setattr(module, "_attempts", lambda *args: [("cut", lambda: cut, False)])
     real = module._Judge.__call__
 
     def partial_to(self, name, candidate):
@@ -116,11 +193,17 @@ def test_the_images_that_judge_are_seen_by_nothing_that_learns(victim, monkeypat
         seen[name] = {x.numpy().tobytes() for x in images.x}
         return real(model, images, *args, **kwargs)
 
-    for name in ("examine", "_masks", "_Healer", "_Judge"):
+    def judge(model, fitted, images, *args, real=module._Judge):
+        seen["_Judge"] = {x.numpy().tobytes() for x in fitted.x}
+        judged.update(x.numpy().tobytes() for x in images.x)
+        return real(model, fitted, images, *args)
+
+    judged: set[bytes] = set()
+    for name in ("examine", "_attempts", "_Healer"):
         monkeypatch.setattr(module, name, partial(spy, name, getattr(module, name)))
+    monkeypatch.setattr(module, "_Judge", judge)
     clean = make_images(60, 9)
     QUICK(victim.model, clean, steps=4, epochs=1, generator=generator(0))
-    judged = seen.pop("_Judge")
     assert len(judged) == 15
     for name, learned in seen.items():
         assert len(learned) == 45, name
@@ -135,7 +218,7 @@ def test_a_healing_that_fails_loses_nothing(victim, monkeypatch):
     monkeypatch.setattr(module, "forget", diverge)
     result = QUICK(victim.model, make_images(60, 9), steps=4, generator=generator(0))
     assert "healed was not possible: training diverged" in result.notes
-    assert any(note.startswith("tried clp") for note in result.notes)
+    assert "chosen: as it is" in result.notes
 
 
 @pytest.mark.parametrize("n", [6, 30])

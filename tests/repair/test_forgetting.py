@@ -15,7 +15,7 @@ from secateur.errors import MethodError, ModelError
 from secateur.measure import evaluate
 from secateur.models import core
 from secateur.prune.mask import apply_mask
-from secateur.repair.forgetting import forget
+from secateur.repair.forgetting import between, forget
 from secateur.state import generator
 from secateur.types import Trigger, WeightMask, to_float
 
@@ -107,3 +107,21 @@ def test_arguments_out_of_range_are_refused(wrong, trained, images):
 def test_training_that_diverges_is_an_error(trained, images):
     with pytest.raises(ModelError, match="diverged"):
         forget(trained, images, [], lr=1e6, epochs=20, batch_size=10, generator=generator(0))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_network_between_two_lies_on_the_line_between_them(victim, share):
+    """Weights and running statistics; counters are those of the end."""
+    after = forget(victim.model, make_images(60, 9), [], epochs=1, lr=0.05, generator=generator(0))
+    middle = between(victim.model, after, share)
+    start, end, found = victim.model.state_dict(), after.state_dict(), middle.state_dict()
+    for name, value in end.items():
+        wanted = start[name] + share * (value - start[name]) if value.is_floating_point() else value
+        torch.testing.assert_close(found[name], wanted)
+    assert not middle.training
+    assert any(not torch.equal(start[name], value) for name, value in end.items())
+
+
+def test_a_point_beyond_the_line_is_refused(victim):
+    with pytest.raises(MethodError, match="share"):
+        between(victim.model, victim.model, 1.5)

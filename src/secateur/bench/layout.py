@@ -11,7 +11,7 @@ from ..report.markdown import escape
 from ..report.wording import plain, signed
 from .nodes import COLUMNS
 from .plan import Plan
-from .stats import Summary
+from .stats import Block, Summary, wilson
 from .tables import (
     ATTACK,
     VISIBILITY,
@@ -64,7 +64,7 @@ def render(rows: Sequence[Row], plan: Plan, *, markdown: bool, with_cost: bool =
     if plan.studies_attacks:
         sections = [_victims(rows, groups, plan)]
     else:
-        sections = [_main(groups, plan), _attacks(groups, plan), _control(groups, plan)]
+        sections = [_main(groups, plan), _attacks(groups, plan), _control(groups, plan), _flagged(rows, plan)]
         sections += [_ranks(rows, plan), _paired(rows, plan)]
     sections += [*([_cost(rows)] if with_cost else []), _failed(rows), _skipped(rows), _halved(rows)]
     single = _single(plan)
@@ -209,6 +209,33 @@ def _control(groups: Sequence[Group], plan: Plan) -> Section:
             columns += [(f"{NAMES[metric]} under {trigger}", trigger, show) for trigger in triggers]
     above = ["Networks without a backdoor: the rates that are there under each attack's trigger anyway."]
     return _grid("Benign control", _lines(benign, triggers, "trigger"), columns, above)
+
+
+def _flagged(rows: Iterable[Row], plan: Plan) -> Section:
+    """Return how often repairs that look for a backdoor claim to have found one."""
+    attacks = attack_labels(plan)
+    found: dict[Defence, dict[tuple[str, Block], bool]] = {}  # a benign network stands in the table once per trigger
+    for row in rows:
+        if row.flagged is not None:
+            found.setdefault(row.config.defence, {})[row.config.backdoor, row.block] = row.flagged > 0
+    table = []
+    for defence, networks in found.items():
+        by_backdoor: dict[str, list[bool]] = {attack: [] for attack in attacks}
+        for (backdoor, _), flagged in networks.items():
+            by_backdoor.setdefault(backdoor, []).append(flagged)
+        attacked = [flagged for attack in attacks for flagged in by_backdoor[attack]]
+        benign = [flagged for backdoor, some in by_backdoor.items() if backdoor not in attacks for flagged in some]
+        each = [f"{sum(by_backdoor[attack])} of {len(by_backdoor[attack])}" for attack in attacks]
+        table.append([*_named(defence), *each, _share_of(attacked), _share_of(benign)])
+    above = ["Networks in which the repair flagged a class as a backdoor's target; percent with 95 % Wilson intervals."]
+    return Section("What was flagged", [*DEFENCE, *attacks, "with a backdoor", "without one"], table, above)
+
+
+def _share_of(flagged: Sequence[bool]) -> str:
+    if not flagged:
+        return NOTHING
+    low, high = wilson(sum(flagged), len(flagged))
+    return f"{_pc(sum(flagged) / len(flagged))} [{_pc(low)}, {_pc(high)}] of {len(flagged)}"
 
 
 def _ranks(rows: Sequence[Row], plan: Plan) -> Section:

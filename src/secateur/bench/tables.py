@@ -69,6 +69,7 @@ class Row:
         nonzero: How many of them are not 0.
         macs: Multiply-accumulates for one image.
         removed_share: Share that the repair cut, in [0, 1], if it says so.
+        flagged: How many classes the repair flagged as a backdoor's target, if it looks for one.
         visibility: Of a victim: what its trigger changes, ``l2``, ``linf`` and ``ssim``.
         note: Which of its nodes ran at half batch.
         seconds: Time of the repair and the compression; of the training where there is neither.
@@ -83,6 +84,7 @@ class Row:
     nonzero: int | None = None
     macs: int | None = None
     removed_share: float | None = None
+    flagged: int | None = None
     visibility: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     seconds: float | None = None
@@ -347,6 +349,7 @@ class _Reader:
             nonzero=size.get("nonzero"),
             macs=size.get("macs"),
             removed_share=log.get("removed_share"),
+            flagged=int(log["flagged"]) if "flagged" in log else None,
             visibility=dict(steps[0][1]["values"].get("trigger", {})) if steps[0][1] else {},
             note=f"half batch ({', '.join(halved)})" if halved else "",
             seconds=sum(result["cost"]["seconds"] for result in work) if work else None,
@@ -444,7 +447,15 @@ def _columns(plan: Plan, with_cost: bool) -> dict[str, type]:
         columns |= {metric: float, f"{metric}_low": float, f"{metric}_high": float, f"{metric}_n": int}
     if plan.studies_attacks:
         columns |= dict.fromkeys(VISIBILITY, float)
-    columns |= {"removed_share": float, "parameters": int, "nonzero": int, "macs": int, "note": str, "error": str}
+    columns |= {
+        "removed_share": float,
+        "flagged": int,
+        "parameters": int,
+        "nonzero": int,
+        "macs": int,
+        "note": str,
+        "error": str,
+    }
     return columns | ({"seconds": float, "host": str} if with_cost else {})
 
 
@@ -495,7 +506,7 @@ def _json(rows: Sequence[Row], plan: Plan, with_cost: bool) -> str:
 
 def _cell_json(row: Row, plan: Plan, with_cost: bool) -> dict[str, Any]:
     values = {**vars(row.cell), **vars(row)}
-    names = [*COLUMNS, "state", "error", "parameters", "nonzero", "macs", "removed_share", "note"]
+    names = [*COLUMNS, "state", "error", "parameters", "nonzero", "macs", "removed_share", "flagged", "note"]
     kept = {name: values[name] for name in (*names, *(("seconds", "host") if with_cost else ()))}
     return {**kept, "rates": {metric: row.rates.get(metric) for metric in plan.metrics}}
 

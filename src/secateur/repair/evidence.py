@@ -18,8 +18,10 @@ from ..prune.neurons import Neurons
 from ..types import ImageSet, Trigger
 from .anp import adversarial_noise
 from .neural_cleanse import ladder, told
+from .student import undropped
 from .unlearning import unlearn
 
+SUSPECTS = 3  # at most
 NOISE = 0.4  # ANP's
 NOISY = 4, 256  # batches, images in each
 UNLEARNED = 512  # images that the unlearned network is asked about
@@ -31,7 +33,7 @@ class Evidence:
     """What is known of a network before it is repaired.
 
     Attributes:
-        suspects: Classes that may be targets, the most suspect first; at least one.
+        suspects: Classes that may be targets, the most suspect first; one to three.
         flagged: Whether inversion flagged them; if not, there is one, which unlearning named.
         smallest: The smallest trigger of each kind for each of them.
         log: Numbers for the record.
@@ -77,7 +79,7 @@ def examine(
     found = [each for kind in ("sparse", "smooth") for each in look(kind=kind)]
     suspicion = suspected(found)
     log, note = told(found, suspicion)
-    suspects, notes = suspicion.flagged, (note,)
+    suspects, notes = suspicion.flagged[:SUSPECTS], (note,)
     if not suspects:
         suspects, said = _guess(model, clean, suspicion, generator)
         notes = (note, said)
@@ -107,7 +109,7 @@ def unlearned_class(model: nn.Module, clean: ImageSet, *, generator: torch.Gener
     chosen = clean.subset(torch.randperm(len(clean), generator=generator)[:UNLEARNED])
     batches = sample(chosen, min(256, len(chosen)), 2, device=next(model.parameters()).device, generator=generator)
     with torch.no_grad():  # in train mode, as it was trained: its running statistics lag behind
-        answers = [(unlearned(x).argmax(1), y) for x, y in batches]
+        answers = [(undropped(unlearned)(x).argmax(1), y) for x, y in batches]
     return int(_moved(answers, len(clean.classes)).argmax())
 
 
@@ -118,7 +120,7 @@ def moved_by_noise(model: nn.Module, clean: ImageSet, *, generator: torch.Genera
     batch's statistics; the noise has size 0.4.
     """
     neurons = Neurons(model, clean.shape)
-    neurons.network.train()
+    undropped(neurons.network)
     factors = neurons.filled(1.0)
     answers = []
     batches, size = NOISY
@@ -154,20 +156,28 @@ def grown(
 
 def regrown(
     model: nn.Module,
+    fitted: ImageSet,
     judged: ImageSet,
-    smallest: Sequence[Inverted],
+    found: Inverted,
     *,
     batch_size: int = 32,
     precision: Precision = "float32",
     generator: torch.Generator,
-) -> list[float]:
-    """Return how often triggers inverted on another network succeed here, after they were adapted to this one at their size."""
-    rates = []
-    for each in smallest:
-        grown = strengthen(
-            model, judged, each, 1.0, steps=REGROWN, batch_size=batch_size, precision=precision, generator=generator
-        )
-        rate = evaluate(model, judged, trigger=grown.trigger).attack_success
-        assert rate is not None
-        rates.append(rate.value)
-    return rates
+) -> float:
+    """Return how often a trigger inverted on another network succeeds here, after it was adapted to this one at its size.
+
+    Args:
+        model: Takes images in [0, 1]; not changed.
+        fitted: Images to adapt it on.
+        judged: Images to measure it on.
+        found: From `secateur.detect.invert`.
+        batch_size: Images per batch, >= 1.
+        precision: Of the adapting.
+        generator: Source of all randomness.
+    """
+    again = strengthen(
+        model, fitted, found, 1.0, steps=REGROWN, batch_size=batch_size, precision=precision, generator=generator
+    )
+    rate = evaluate(model, judged, trigger=again.trigger).attack_success
+    assert rate is not None
+    return rate.value

@@ -14,7 +14,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from .. import state
 from ..data import count_steps, passes
@@ -26,7 +25,7 @@ from ..train import OnStep
 from ..types import HardMask, ImageSet, Trigger
 from .ft_sam import sharp_gradients
 from .neural_cleanse import stamping
-from .student import check_loss, graduate, student_of
+from .student import check_loss, graduate, student_of, undropped
 
 TEMPERATURE = 2.0
 
@@ -80,10 +79,7 @@ def forget(
     check_range("rho", rho, 0, 1e6)
     check_range("trust", trust, 0, 1)
     recipe = Recipe(epochs=epochs, lr=lr, batch_size=batch_size)
-    student = student_of(model).train()
-    for module in student.modules():
-        if isinstance(module, _DropoutNd):
-            module.eval()
+    student = undropped(student_of(model))
     knows = deepcopy(model if teacher is None else teacher).eval().requires_grad_(False)
     parameters = dict(core(student).named_parameters())
     device = next(iter(parameters.values())).device
@@ -113,3 +109,19 @@ def _loss(network: nn.Module, x: Tensor, y: Tensor, known: Tensor, trust: float)
     logits = network(x)
     apart = F.kl_div(F.log_softmax(logits / TEMPERATURE, dim=1), known, log_target=True, reduction="batchmean")
     return (1 - trust) * F.cross_entropy(logits, y) + trust * TEMPERATURE**2 * apart
+
+
+def between(before: nn.Module, after: nn.Module, share: float) -> nn.Module:
+    """Return a network on the straight line between two: WiSE-FT (arXiv:2109.01903), here of running statistics too.
+
+    Args:
+        before: Where the line begins; not changed.
+        after: Where it ends, a network of the same parameters and buffers.
+        share: How much of the way to go, in [0, 1].
+    """
+    check_range("share", share, 0, 1)
+    start, end = before.state_dict(), after.state_dict()
+    mixed = {name: start[name].lerp(value, share) if value.is_floating_point() else value for name, value in end.items()}
+    result = deepcopy(after)
+    result.load_state_dict(mixed)
+    return result.eval()

@@ -7,6 +7,7 @@ from copy import deepcopy
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import ModelError
 
@@ -14,6 +15,15 @@ from ..errors import ModelError
 def student_of(model: nn.Module) -> nn.Module:
     """Return a copy to train: every parameter collects gradients, memory is channels-last; modes are as they were."""
     return deepcopy(model).requires_grad_(True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def undropped(network: nn.Module) -> nn.Module:
+    """Put a network in train mode but for its dropout, and return it."""
+    network.train()
+    for module in network.modules():
+        if isinstance(module, _DropoutNd):
+            module.eval()
+    return network
 
 
 def graduate(model: nn.Module, student: nn.Module) -> nn.Module:
