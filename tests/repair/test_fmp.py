@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conftest import make_images
 from secateur.errors import MethodError
+from secateur.measure import evaluate
 from secateur.models import build
 from secateur.repair.fmp import endurance, fmp
 from secateur.state import generator, seeded, smaller_batches
@@ -102,3 +104,11 @@ def test_a_network_without_convolutions_is_refused(images):
         MethodError, match=r"^fmp needs convolutions with batch-norm or no norm behind them, got none; use another method$"
     ):
         fmp(net, images, generator=generator(0))
+
+
+def test_it_takes_a_backdoor_out(victim):
+    repaired = fmp(victim.model, make_images(150, 9), images=32, epochs=10, share=0.25, generator=generator(0))
+    after = evaluate(repaired.model, victim.test, trigger=victim.trigger)
+    assert after.accuracy.value > 0.9
+    assert after.attack_success is not None
+    assert after.attack_success.value < 0.3

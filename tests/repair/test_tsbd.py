@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conftest import make_images
 from secateur.data import sample
 from secateur.errors import DataError, MethodError
-from secateur.measure import correct
+from secateur.measure import correct, evaluate
 from secateur.models import build
 from secateur.prune import apply_mask
 from secateur.repair.tsbd import flattened, reset_mask, resettable, tsbd
@@ -128,3 +129,12 @@ def test_refusals(images):
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     with pytest.raises(DataError, match=r"^fit and hold-out need an image each"):
         tsbd(net, images.subset(images.y[:1]), generator=generator(0))
+
+
+def test_it_takes_a_backdoor_out(victim):
+    clean = make_images(150, 9)
+    repaired = tsbd(victim.model, clean, unlearn_lr=1e-3, unlearn_epochs=2, epochs=5, generator=generator(0))
+    after = evaluate(repaired.model, victim.test, trigger=victim.trigger)
+    assert after.accuracy.value > 0.9
+    assert after.attack_success is not None
+    assert after.attack_success.value < 0.3
