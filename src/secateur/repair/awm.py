@@ -53,7 +53,7 @@ def awm(
         iterations: Batches of each in a round, >= 1. The paper makes 5 passes: 15 batches of 128 from its 500 images.
         lr: Learning rate of the factors (Adam), > 0.
         trade_off: ``a``, the share of the loss on unchanged images, in [0, 1].
-        sparsity: ``g``, >= 0.
+        sparsity: ``g``, the weight of the masks' size, >= 0.
         radius: ``r`` for images of 3 x 32 x 32, >= 0; for others in proportion to the number of values.
         ascent: Learning rate of the perturbation (SGD), >= 0.
         batch_size: Images per batch, >= 1.

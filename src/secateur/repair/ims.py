@@ -62,7 +62,7 @@ def ims(
         radius: Largest perturbation of a pixel, in [0, 1].
         lr: Learning rate of masks and selection (AdamW), > 0.
         slope: ``k``, how steep masks are, > 0.
-        sparsity: ``w``, >= 0.
+        sparsity: ``w``, the weight of the share of neurons that is selected, >= 0.
         patience: A part ends when so many rounds brought no better loss, >= 1.
         batch_size: Images per round, >= 1.
         drop: Clean accuracy that the cut may cost, in [0, 1].

@@ -57,7 +57,7 @@ def otbr(
         clean: Labelled clean images choose the share; nothing is fitted to them.
         iterations: Batches of noise, >= 1.
         lr: Learning rate of the unlearning (SGD with momentum 0.9), > 0.
-        fusion: ``l``, in [0, 1].
+        fusion: ``l``, the share of the pruned network in the mixture, in [0, 1].
         drop: Clean accuracy that the repair may cost, in [0, 1]: the share is the largest of 1, 5, 10, ..., 30 % before the
             first that costs more.
         batch_size: Images of noise per batch, >= 1.

@@ -66,8 +66,8 @@ def tsbd(
             90 % of all filters before the first that costs more.
         epochs: Epochs of the fine-tuning, >= 0; each step goes through the network twice.
         lr: Its learning rate (SGD with momentum 0.9, constant), > 0.
-        radius: ``r``, >= 0.
-        blend: ``a``, in [0, 1].
+        radius: ``r``, how far off the second gradient is taken, >= 0.
+        blend: ``a``, the weight of that gradient, in [0, 1].
         batch_size: Images per batch, >= 1.
         on_step: Progress of the unlearning, then of the fine-tuning.
         generator: Source of all randomness.
