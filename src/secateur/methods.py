@@ -134,7 +134,8 @@ TABLE: tuple[Method, ...] = (
     Method("score", "random", "secateur.prune.magnitude:random", 1, "control"),
     Method("repair", "anp", "secateur.repair.anp:anp", 1, "NeurIPS 2021, arXiv:2110.14430", {"iterations": 8}),
     Method(
-        "repair", "auto", "secateur.repair.auto:auto", 2, "ours, from arXiv:2110.14430, 2305.14876, 1606.09282, 2109.01903 and others",
+        "repair", "auto", "secateur.repair.auto:auto", 2,
+        "ours, from arXiv:2110.14430, 2305.14876, 1606.09282, 2109.01903 and others",
         {"steps": 4, "iterations": 4, "epochs": 1},
     ),
     Method("repair", "awm", "secateur.repair.awm:awm", 1, "NeurIPS 2022, arXiv:2207.04497", {"rounds": 1, "iterations": 2}),
