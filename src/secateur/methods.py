@@ -177,6 +177,10 @@ TABLE: tuple[Method, ...] = (
     ),
     Method("repair", "npd", "secateur.repair.npd:npd", 1, "NeurIPS 2023, arXiv:2306.16697", {"epochs": 1}),
     Method(
+        "repair", "onp", "secateur.repair.onp.onp:onp", 1, "arXiv:2405.17746",
+        {"proxies": "unlearned", "games": 8, "images": 64},
+    ),
+    Method(
         "repair", "otbr", "secateur.repair.otbr:otbr", 1, "AAAI 2025, arXiv:2408.15861",
         {"iterations": 3, "lr": 0.02, "batch_size": 32},
     ),

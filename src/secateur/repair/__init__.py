@@ -17,6 +17,7 @@ from .nad import nad
 from .neural_cleanse import neural_cleanse
 from .norm_pruning import norm_pruning
 from .npd import npd
+from .onp import onp
 from .otbr import otbr
 from .rnp import rnp
 from .sau import sau
@@ -40,6 +41,7 @@ __all__ = [
     "neural_cleanse",
     "norm_pruning",
     "npd",
+    "onp",
     "otbr",
     "rnp",
     "sau",

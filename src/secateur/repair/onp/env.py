@@ -1,0 +1,165 @@
+"""Pruning as a game: one layer after the other, from the last to the first, a player says which neurons go.
+
+A `gymnasium.Env`, so that any reinforcement learner can play it. From the last layer to the first the evaluator has to compute
+only what lies behind the layer of the move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from ...errors import MethodError, check_range
+from ...prune.mask import Edit, edited
+from ...types import ChannelMask, HardMask
+from .features import NAMES
+from .layers import Layer
+from .signs import Sign
+
+CONTEXT = "left", "error", "sign", "cut"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a game stands.
+
+    Attributes:
+        rise: How much the clean error has risen, in [-1, 1].
+        signs: Sign -> its share.
+        cut: Share of all neurons that are cut.
+    """
+
+    rise: float
+    signs: Mapping[str, float]
+    cut: float
+
+    @property
+    def sign(self) -> float:
+        """The mean of the signs, 0 without any."""
+        return sum(self.signs.values()) / len(self.signs) if self.signs else 0.0
+
+
+class Pruning(gymnasium.Env):
+    """One network's game.
+
+    An observation is a graph: a node per neuron of the layer that is to move, with the features of `NAMES` and how the game
+    stands (`CONTEXT`: share of layers left, rise of the clean error over ``drop``, mean of the signs, share cut), and the edges
+    of the layer. An action has an entry per neuron, 1 = cut; the layer reads as many as it has neurons. The reward of a move is
+    by how much it raises ``-signs - multiplier * max(0, rise - drop) - price * cut``, where ``signs`` is the mean of the signs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        nodes: Sequence[Tensor],
+        error: Sign,
+        signs: Sequence[Sign],
+        *,
+        drop: float = 0.02,
+        price: float = 0.05,
+        edit: Edit = "weight",
+    ) -> None:
+        """Set the board.
+
+        Args:
+            model: The network; not changed.
+            layers: Its layers.
+            nodes: Features of each layer's neurons.
+            error: Of clean images.
+            signs: What is to become small; without any, only accuracy and the price are played for.
+            drop: Accuracy that may be lost, in [0, 1].
+            price: What it costs to cut all neurons, >= 0.
+            edit: What of a cut neuron goes to 0.
+
+        Raises:
+            MethodError: An argument is out of range.
+        """
+        check_range("drop", drop, 0, 1)
+        check_range("price", price, 0, 1e6)
+        if len(layers) != len(nodes):
+            raise MethodError(f"each layer needs its features, got {len(nodes)} for {len(layers)} layers")
+        self.model, self.layers, self.nodes = model, layers, nodes
+        self.error, self.signs, self.drop, self.price = error, signs, drop, price
+        self.edit: Edit = edit
+        self.multiplier = 10.0
+        self.neurons = sum(layer.size for layer in layers)
+        self.observation_space = spaces.Graph(
+            spaces.Box(-np.inf, np.inf, (len(NAMES) + len(CONTEXT),), np.float32), spaces.Box(1.0, 1.0, (1,), np.float32)
+        )  # it allows of no edges without a feature
+        self.action_space = spaces.MultiBinary(max(layer.size for layer in layers))
+        self.evaluations = 0
+        self._first = error(ChannelMask({}))
+        self._keeps: list[Tensor] = []
+        self.standing = self._stand(ChannelMask({}), 0.0)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start again with nothing cut."""
+        super().reset(seed=seed)
+        self._keeps = []
+        self.standing = self._stand(ChannelMask({}), 0.0)
+        return self._observation(), {}
+
+    @property
+    def layer(self) -> Layer:
+        """The layer that is to move; after the end the first."""
+        return self.layers[max(0, self._next)]
+
+    @property
+    def _next(self) -> int:
+        return len(self.layers) - 1 - len(self._keeps)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Cut in one layer.
+
+        Raises:
+            MethodError: The game is over.
+        """
+        if self._next < 0:
+            raise MethodError("the game is over: every layer has moved; reset it")
+        before = self.value(self.standing)
+        cut = torch.as_tensor(np.asarray(action))[: self.layer.size].bool()
+        self._keeps.append(~cut)
+        if bool(cut.any()):
+            self.standing = self._stand(self.mask, sum(int((~keep).sum()) for keep in self._keeps) / self.neurons)
+        done = self._next < 0
+        reward = self.value(self.standing) - before
+        info = {"rise": self.standing.rise, "cut": self.standing.cut, **self.standing.signs}
+        return self._observation(), reward, done, False, info
+
+    def value(self, standing: Standing) -> float:
+        """Return what a standing is worth."""
+        return -standing.sign - self.multiplier * max(0.0, standing.rise - self.drop) - self.price * standing.cut
+
+    @property
+    def mask(self) -> HardMask:
+        """What has been cut so far."""
+        moved = reversed(self.layers[len(self.layers) - len(self._keeps) :])
+        keeps = {
+            site: keep for layer, keep in zip(moved, self._keeps, strict=True) for site in layer.sites if not bool(keep.all())
+        }
+        return edited(self.model, ChannelMask(keeps), self.edit)
+
+    def worth(self, mask: HardMask, cut: float) -> float:
+        """Return what a game that ends with a mask is worth, of which a share ``cut`` of all neurons is cut."""
+        return self.value(self._stand(mask, cut))
+
+    def _stand(self, mask: HardMask, cut: float) -> Standing:
+        self.evaluations += 1
+        return Standing(self.error(mask) - self._first, {sign.name: sign(mask) for sign in self.signs}, cut)
+
+    def _observation(self) -> spaces.GraphInstance:
+        nodes = self.nodes[max(0, self._next)]
+        standing = self.standing
+        left = (self._next + 1) / len(self.layers)
+        context = torch.tensor([left, standing.rise / max(self.drop, 0.005), standing.sign, standing.cut])
+        shown = torch.cat([nodes, context.expand(len(nodes), -1)], dim=1).float()
+        edges = self.layer.edges.T.numpy().copy()
+        return spaces.GraphInstance(nodes=shown.numpy(), edges=np.ones((len(edges), 1), np.float32), edge_links=edges)

@@ -1,0 +1,110 @@
+"""What a policy is told of each neuron: numbers that mean the same in every network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...models import core
+from ...models.channels import NORMS, trace_channels
+from ...prune.lipschitz import lipschitz
+from ...state import batch_size, evaluating, generator
+from ...types import ImageSet
+from ..bnp import Moments, divergence, watch_norms
+from .layers import Feeding, Layer
+from .signs import Sign
+
+SLOPES = "error", "noise", "unlearned", "trigger"
+OWN = "fed", "feeds", "scale", "shift", "mean", "variance", "activation", "spread", "lipschitz", "divergence"
+PLACE = "depth", "size", "tied"
+NAMES = (*(f"{name} in its layer" for name in (*OWN, *SLOPES)), *(f"{name} in the network" for name in SLOPES), *PLACE)
+FAR = 5.0  # standard deviations beyond which a number tells no more
+
+
+def features(model: nn.Module, clean: ImageSet, layers: Sequence[Layer], signs: Sequence[Sign]) -> list[Tensor]:
+    """Return the features of each layer's neurons, float32 ``(size, len(NAMES))``; one column per name of `NAMES`.
+
+    * Its own: l1 norms of what feeds it and of what it feeds; scale, shift and running statistics of its batch-norm; mean and
+      standard deviation of what leaves it on clean images; CLP's Lipschitz bound; BNP's divergence.
+    * Slopes: how each sign's loss rises with a factor on the neuron (`Sign.slopes`); 0 for a sign that is not there.
+    * Where it is: depth, the logarithm of the layer's size, whether it is one of a residual stream.
+
+    The numbers of the first two are in standard deviations from the mean of the layer, slopes also from that of the network, at
+    most 5. In a residual stream those of all sites are averaged, slopes summed.
+    """
+    own = _own(model, clean)
+    slopes = {sign.name: sign.slopes for sign in signs}
+    columns: dict[str, list[Tensor]] = {}
+    for name in (*OWN, *SLOPES):
+        by_site = own[name] if name in OWN else slopes.get(name, {})
+        columns[name] = [_of(layer, by_site, name in SLOPES) for layer in layers]
+    everywhere = {name: _standard(torch.cat(columns[name])).split([layer.size for layer in layers]) for name in SLOPES}
+    found = []
+    for number, layer in enumerate(layers):
+        parts = [_standard(columns[name][number]) for name in (*OWN, *SLOPES)]
+        parts += [everywhere[name][number] for name in SLOPES]
+        place = torch.tensor([layer.depth, torch.tensor(layer.size).log10(), float(len(layer.sites) > 1)])
+        found.append(torch.cat([torch.stack(parts, 1), place.expand(layer.size, -1)], dim=1).float())
+    return found
+
+
+def _of(layer: Layer, by_site: Mapping[str, Tensor], summed: bool) -> Tensor:
+    known = [by_site[site].double().cpu() for site in layer.sites if site in by_site]
+    if not known:
+        return torch.zeros(layer.size, dtype=torch.float64)
+    return torch.stack(known).sum(0) if summed else torch.stack(known).mean(0)
+
+
+def _standard(values: Tensor) -> Tensor:
+    """Return values in standard deviations from their mean; 0 where all are alike."""
+    apart = values - values.mean()
+    spread = apart.square().mean().sqrt()
+    return (apart / spread).clamp(-FAR, FAR) if float(spread) > 1e-12 else torch.zeros_like(values)
+
+
+def _own(model: nn.Module, clean: ImageSet) -> dict[str, dict[str, Tensor]]:
+    graph = trace_channels(model, clean.shape)
+    sites = [site for site in graph.sites if not graph.is_output(site.name)]
+    feeding, modules = Feeding(model, graph), dict(core(model).named_modules())
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in OWN}
+    found["lipschitz"] = dict(lipschitz(model, clean, generator=generator(0)).values)  # draws nothing
+    norms = {site.name: norm for site in sites if isinstance(norm := modules[site.name], NORMS)}
+    entering = {name: Moments() for name, norm in norms.items() if norm.running_var is not None}
+    watch_norms(model, clean, {name: moments.add for name, moments in entering.items()})
+    found["divergence"] = {name: divergence(moments, norms[name]) for name, moments in entering.items()}  # type: ignore[arg-type]
+    leaving = _leaving(model, clean, [site.name for site in sites])
+    for site in sites:
+        name = site.name
+        found["fed"][name], found["feeds"][name] = feeding.strengths(site)
+        found["activation"][name], found["spread"][name] = leaving[name]
+        if name in norms:
+            norm = norms[name]
+            for column, value in (
+                ("scale", norm.weight), ("shift", norm.bias), ("mean", norm.running_mean), ("variance", norm.running_var),
+            ):  # fmt: skip
+                if value is not None:
+                    found[column][name] = value.detach()
+    return found
+
+
+def _leaving(model: nn.Module, clean: ImageSet, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return mean and standard deviation of what leaves each site on clean images, ``(channels,)`` each."""
+    moments = {name: Moments() for name in names}
+    net, device = core(model), next(model.parameters()).device
+
+    def watch(name: str, module: nn.Module, given: object, out: Tensor) -> None:
+        last = isinstance(module, nn.Linear | nn.LayerNorm)
+        moments[name].add(out.movedim(-1, 1) if last and out.dim() > 2 else out)
+
+    handles = [net.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
+    try:
+        with evaluating(model), torch.inference_mode():
+            for x, _ in clean.batches(batch_size(512)):
+                model(x.to(device).contiguous(memory_format=torch.channels_last))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (torch.as_tensor(each.mean), each.variance.sqrt()) for name, each in moments.items()}

@@ -1,0 +1,179 @@
+"""ONP, optimized neuron pruning: an agent learns by reinforcement which neurons of a backdoored network to cut.
+
+Li, Yu, Yi, "Optimized Neuron Pruning" (arXiv:2405.17746, 2024); their code is not public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ...data import holdout
+from ...detect import Precision
+from ...errors import MethodError, check_choice, check_range
+from ...prune.grammar import follow
+from ...prune.mask import Edit, apply_mask, collapsed, edited
+from ...state import seeded
+from ...train import OnStep
+from ...types import Candidate, ChannelMask, HardMask, ImageSet, Repaired
+from ..evidence import examine, grown
+from . import signs as given_signs
+from .features import features
+from .layers import Layer, Residual, layers
+from .signs import Sign
+
+if TYPE_CHECKING:
+    from .env import Pruning
+
+PROXIES = "trigger", "unlearned", "noise"
+JUDGED = 0.25  # share of the clean images that chooses how far to go along the policy's ranking
+
+
+def onp(
+    model: nn.Module,
+    clean: ImageSet,
+    *,
+    proxies: str = "trigger+unlearned",
+    games: int = 64,
+    images: int = 256,
+    drop: float = 0.02,
+    price: float = 0.05,
+    lr: float = 3e-3,
+    width: int = 32,
+    degree: int = 8,
+    residual: Residual = "tied",
+    edit: Edit = "weight",
+    precision: Precision = "float32",
+    on_step: OnStep | None = None,
+    generator: torch.Generator,
+) -> Repaired:
+    """Let a graph network learn, game by game, which neurons to cut, and cut along its ranking.
+
+    A game goes from the last layer to the first. For each, the policy sees a graph of its neurons (see
+    `secateur.repair.onp.layers` and `features`) and says which go; a move is rewarded by how much it lowers the signs of a
+    backdoor, less what it costs in accuracy beyond ``drop``, at a price that follows from what earlier games lost (a Lagrange
+    multiplier). The policy learns by PPO. In the end the neurons are ranked by how likely it cuts them, and of the cuts along
+    this ranking that cost at most ``drop`` on held-out images, the one with the lowest signs is taken.
+
+    Args:
+        model: Takes images in [0, 1]; not changed.
+        clean: Labelled clean images: three quarters are learned from, a quarter chooses how much to cut.
+        proxies: What shows a backdoor, joined by ``+``: inverted ``trigger``s, an ``unlearned`` copy, neuron ``noise``; or
+            ``none``.
+        games: To learn from, >= 0.
+        images: Clean images that moves are judged on, >= 1.
+        drop: Clean accuracy that the cut may cost, in [0, 1].
+        price: Of cutting all neurons, >= 0, where the signs are worth at most 1.
+        lr: Learning rate of the policy, > 0.
+        width: Of the policy, >= 1.
+        degree: Neighbours that each neuron chooses, >= 0.
+        residual: Whether the channels of a residual stream go ``tied`` or ``apart``.
+        edit: Set the ``weight`` of a cut neuron to 0, or ``weight+bias``.
+        precision: Of the inversion.
+        on_step: Progress in games.
+        generator: Source of all randomness.
+
+    Raises:
+        DataError: ``clean`` is too small to hold a quarter out.
+        MethodError: An argument is out of range.
+        ModelError: The network cannot be traced.
+
+    What is the paper's: a graph per layer of the network, nodes for neurons, edges by the cosine between vectors of l1 norms,
+    coupled channels of residual streams that go together, a graph network that learns by reinforcement, little clean data.
+    What is not published, and ours: the kind of graph network (GraphSAGE), the algorithm (PPO), features, moves, reward, the
+    number of neighbours in place of a threshold, and the ranking in the end.
+    """
+    try:
+        from .env import Pruning
+        from .policy import Policy
+        from .ppo import Learner, chances, train
+    except ImportError:
+        raise MethodError("onp needs torch_geometric and gymnasium; run: pip install secateur[onp]") from None
+    check_range("games", games, 0, 2**31)
+    check_range("images", images, 1, 2**31)
+    check_range("lr", lr, 1e-12, 1e6)
+    check_range("width", width, 1, 2**16)
+    wanted = read_proxies(proxies)
+    fitted, judged = holdout(clean, JUDGED, generator=generator)
+    few = fitted.subset(torch.randperm(len(fitted), generator=generator)[:images])
+    error = given_signs.clean_errors(model, few)
+    signs, notes = seek(model, fitted, few, wanted, precision=precision, generator=generator)
+    found = layers(model, clean.shape, degree=degree, residual=residual)
+    nodes = features(model, few, found, [error, *signs])
+    env = Pruning(model, found, nodes, error, signs, drop=drop, price=price, edit=edit)
+    with seeded(generator):
+        learner = Learner(Policy(width=width), lr=lr)
+    watch = None if on_step is None else lambda done, _: on_step(done, games)
+    history = train(learner, [env], games=games, on_update=watch, generator=generator)
+    path, mask, chosen_notes = choose(model, judged, env, chances(env, learner.policy))
+    log = {"evaluations": float(env.evaluations)}
+    for when, update in (("first", history[:1]), ("last", history[-1:])):
+        log |= {f"{when}_{name}": value for each in update for name, value in each.items() if name != "evaluations"}
+    return Repaired(apply_mask(model, mask).eval(), mask, path, log, (*notes, *chosen_notes))
+
+
+def read_proxies(proxies: str) -> tuple[str, ...]:
+    """Return the proxies that a setting names."""
+    if proxies == "none":
+        return ()
+    names = tuple(proxies.split("+"))
+    for name in names:
+        check_choice("proxies", name, PROXIES)
+    return names
+
+
+def seek(
+    model: nn.Module,
+    fitted: ImageSet,
+    few: ImageSet,
+    wanted: Sequence[str],
+    *,
+    precision: Precision = "float32",
+    generator: torch.Generator,
+) -> tuple[list[Sign], tuple[str, ...]]:
+    """Return the signs that are wanted, and what was learned on the way."""
+    found, notes = [], ()
+    for name in wanted:
+        if name == "trigger":
+            evidence = examine(model, fitted, precision=precision, generator=generator)
+            triggers = grown(model, fitted, evidence.smallest, sizes=2, precision=precision, generator=generator)[1::2]
+            found.append(given_signs.triggered(model, few, triggers))
+            notes = evidence.notes
+        elif name == "unlearned":
+            found.append(given_signs.unlearned(model, few, generator=generator))
+        else:
+            found.append(given_signs.noisy(model, few, generator=generator))
+    return found, notes
+
+
+def choose(
+    model: nn.Module, judged: ImageSet, env: Pruning, chances: Sequence[Tensor]
+) -> tuple[tuple[Candidate, ...], HardMask, tuple[str, ...]]:
+    """Follow the ranking until accuracy on held-out images falls by more than allowed; take the cut of the highest value."""
+    order = torch.cat(list(chances)).argsort(descending=True)
+    cuts = {count / len(order): cut_of(model, env.layers, order[:count], env.edit) for count in counts(len(order))}
+    path, largest, note = follow(model, judged, cuts, env.drop)
+    able = list(cuts.items())[: 1 + next(number for number, mask in enumerate(cuts.values()) if mask is largest)]
+    _, best = max(able, key=lambda item: env.worth(item[1], item[0]))
+    notes = tuple(f"layer collapse: nothing is left of '{name}'" for name in collapsed(best)) + (note,) * bool(note)
+    return path, best, notes
+
+
+def cut_of(model: nn.Module, layers: Sequence[Layer], nodes: Tensor, edit: Edit) -> HardMask:
+    """Return the mask that cuts nodes, numbered through all layers."""
+    keep = torch.ones(sum(layer.size for layer in layers), dtype=torch.bool)
+    keep[nodes] = False
+    parts = keep.split([layer.size for layer in layers])
+    keeps = {site: part for layer, part in zip(layers, parts, strict=True) for site in layer.sites if not bool(part.all())}
+    return edited(model, ChannelMask(keeps), edit)
+
+
+def counts(most: int) -> Iterable[int]:
+    """Yield ever larger numbers of neurons, by one or a tenth more, up to half of them."""
+    count = 0
+    while count <= most // 2:
+        yield count
+        count = max(count + 1, round(1.1 * count))

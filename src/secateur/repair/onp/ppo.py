@@ -1,0 +1,149 @@
+"""Learning to play by proximal policy optimisation (Schulman et al., arXiv:1707.06347), with the accuracy as a constraint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .env import Pruning
+from .policy import Policy, together
+
+GAMMA, LAMBDA = 0.99, 0.95
+CLIP, EPOCHS = 0.2, 4
+CRITIC, ENTROPY = 0.5, 0.003
+ASCENT, LARGEST = 20.0, 100.0  # of the multiplier: its rate, and its bound
+
+
+@dataclass
+class Played:
+    """What a game was, move by move."""
+
+    shown: list[Any] = field(default_factory=list)
+    cuts: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)  # log-odds of a cut
+    values: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+
+    def advantages(self) -> Tensor:
+        """Return the generalised advantages, ``(moves,)``."""
+        after, running, found = [*self.values[1:], 0.0], 0.0, []
+        for reward, value, then in zip(reversed(self.rewards), reversed(self.values), reversed(after), strict=True):
+            running = reward + GAMMA * then - value + GAMMA * LAMBDA * running
+            found.append(running)
+        return torch.tensor(found[::-1])
+
+
+def play(env: Pruning, policy: Policy, *, generator: torch.Generator | None = None) -> Played:
+    """Play one game: with a generator by chance, without one by cutting what is more likely cut than not."""
+    game = Played()
+    shown, _ = env.reset()
+    done = False
+    while not done:
+        with torch.no_grad():
+            logits, value = policy(together([shown]))
+        cut = logits > 0 if generator is None else torch.rand(logits.shape, generator=generator) < logits.sigmoid()
+        game.shown.append(shown)
+        game.cuts.append(cut.float())
+        game.logits.append(logits)
+        game.values.append(float(value))
+        shown, reward, done, _, _ = env.step(cut.int().numpy())
+        game.rewards.append(float(reward))
+    return game
+
+
+def chances(env: Pruning, policy: Policy) -> list[Tensor]:
+    """Return for each layer how likely the policy cuts each neuron, in a game where it cuts what is likelier cut than not."""
+    return [logits.sigmoid() for logits in reversed(play(env, policy).logits)]
+
+
+@dataclass
+class Learner:
+    """A policy in training; one update per batch of games.
+
+    Attributes:
+        policy: Who learns.
+        lr: Learning rate of Adam.
+    """
+
+    policy: Policy
+    lr: float = 3e-3
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=self.lr)
+
+    def update(self, games: Sequence[Played]) -> None:
+        """Learn from games that this policy played.
+
+        Each neuron's choice has its own ratio of probabilities, clipped on its own, with the advantage of the move: the product
+        over a layer would leave the clip at once.
+        """
+        shown = together([each for game in games for each in game.shown])
+        cuts = torch.cat([cut for game in games for cut in game.cuts])
+        before = _likelihoods(torch.cat([logits for game in games for logits in game.logits]), cuts)
+        advantages = torch.cat([game.advantages() for game in games])
+        returns = advantages + torch.tensor([value for game in games for value in game.values])
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-6)
+        by_node = advantages[shown.of]
+        for _ in range(EPOCHS):
+            logits, values = self.policy(shown)
+            ratio = (_likelihoods(logits, cuts) - before).exp()
+            gain = torch.min(ratio * by_node, ratio.clamp(1 - CLIP, 1 + CLIP) * by_node).mean()
+            entropy = (F.softplus(logits) - logits.sigmoid() * logits).mean()
+            loss = -gain + CRITIC * F.mse_loss(values, returns) - ENTROPY * entropy
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 0.5)
+            self.optimizer.step()
+
+
+def _likelihoods(logits: Tensor, cuts: Tensor) -> Tensor:
+    """Return the logarithm of how likely each choice was, ``(nodes,)``."""
+    return -F.binary_cross_entropy_with_logits(logits, cuts, reduction="none")
+
+
+def train(
+    learner: Learner,
+    envs: Sequence[Pruning],
+    *,
+    games: int,
+    at_once: int = 8,
+    on_update: Callable[[int, dict[str, float]], None] | None = None,
+    generator: torch.Generator,
+) -> list[dict[str, float]]:
+    """Play so many games, on the boards in turn, and learn after every ``at_once``.
+
+    After each update the price of lost accuracy on each board rises with what its games lost beyond the tolerance, and falls
+    with what they left of it.
+
+    Returns:
+        For each update the games so far, the evaluations, and the means of reward, rise, sign and share cut at the end.
+    """
+    history: list[dict[str, float]] = []
+    for first in range(0, games, at_once):
+        played, ends = [], []
+        for number in range(first, min(games, first + at_once)):
+            env = envs[number % len(envs)]
+            played.append(play(env, learner.policy, generator=generator))
+            ends.append((env, env.standing))
+        learner.update(played)
+        for env, standing in ends:
+            env.multiplier = min(LARGEST, max(0.0, env.multiplier + ASCENT * (standing.rise - env.drop)))
+        count = len(ends)
+        history.append(
+            {
+                "games": float(first + count),
+                "evaluations": float(sum(env.evaluations for env in envs)),
+                "reward": sum(sum(game.rewards) for game in played) / count,
+                "rise": sum(standing.rise for _, standing in ends) / count,
+                "sign": sum(standing.sign for _, standing in ends) / count,
+                "cut": sum(standing.cut for _, standing in ends) / count,
+            }
+        )
+        if on_update is not None:
+            on_update(first + count, history[-1])
+    return history

@@ -1,0 +1,133 @@
+"""The repair as a whole: it finds a backdoor by signs that need no trigger, and says what it needs."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from conftest import make_images
+from secateur.errors import DataError, MethodError
+from secateur.measure import evaluate
+from secateur.prune.mask import removed
+from secateur.repair.onp import onp
+from secateur.repair.onp.layers import layers
+from secateur.repair.onp.onp import choose, counts, cut_of, read_proxies
+from secateur.state import generator
+from secateur.types import ChannelMask
+
+QUICK = partial(onp, proxies="unlearned", games=16, images=64)
+
+
+@pytest.fixture(scope="module")
+def repaired(victim):
+    return onp(victim.model, make_images(200, 9), proxies="unlearned", games=128, drop=0.05, generator=generator(0))
+
+
+def test_it_takes_a_backdoor_out(victim, repaired):
+    after = evaluate(repaired.model, victim.test, trigger=victim.trigger)
+    assert after.accuracy.value > 0.9
+    assert after.attack_success is not None
+    assert after.attack_success.value < 0.3
+    assert sum(removed(repaired.mask).values()) > 0
+    assert repaired.log["last_games"] == 128
+    assert repaired.log["evaluations"] > 0
+
+
+def test_the_same_seed_gives_the_same_network_and_progress_counts_games(victim):
+    told: list[tuple[int, int]] = []
+    one = QUICK(victim.model, make_images(100, 9), on_step=lambda *step: told.append(step), generator=generator(0))
+    other = QUICK(victim.model, make_images(100, 9), generator=generator(0))
+    assert told == [(8, 16), (16, 16)]
+    assert one.log == other.log
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name])
+
+
+@pytest.mark.parametrize("proxies", ["trigger", "noise", "none"])
+def test_every_proxy_can_be_played_for(proxies, victim):
+    result = QUICK(victim.model, make_images(100, 9), proxies=proxies, games=8, generator=generator(0))
+    assert any("class" in note for note in result.notes) == (proxies == "trigger")
+
+
+def test_without_games_the_shy_policy_cuts_by_value_alone(victim):
+    assert QUICK(victim.model, make_images(100, 9), games=0, generator=generator(0)).log == {
+        "evaluations": pytest.approx(9, abs=9)
+    }
+
+
+def test_a_cut_takes_a_channel_at_all_sites_of_its_stream():
+    class Chain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 1)
+            self.last = torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.one(x)
+            return self.last((x + self.two(x)).mean((2, 3)))
+
+    model = Chain()
+    found = layers(model, (3, 8, 8))
+    assert [layer.sites for layer in found] == [("one", "two")]
+    mask = cut_of(model, found, torch.tensor([1, 3]), "weight+bias")
+    assert isinstance(mask, ChannelMask)
+    assert {site: keep.tolist() for site, keep in mask.keep.items()} == {
+        site: [True, False, True, False] for site in ("one", "two")
+    }
+
+
+def test_of_the_affordable_cuts_the_one_of_the_highest_value_is_taken(victim, monkeypatch):
+    """Along the ranking: the value peaks at three neurons."""
+
+    class Board:
+        layers, drop, edit = layers(victim.model, (1, 12, 12)), 1.0, "weight"
+        neurons = sum(layer.size for layer in layers)
+
+        def worth(self, mask, cut):
+            return -abs(round(cut * self.neurons) - 3)
+
+    board = Board()
+    chances = list(torch.rand(board.neurons, generator=generator(1)).split([layer.size for layer in board.layers]))
+    _, mask, _ = choose(victim.model, make_images(40, 9), board, chances)  # type: ignore[arg-type]
+    wanted = cut_of(victim.model, board.layers, torch.cat(chances).argsort(descending=True)[:3], "weight")
+    assert {name: keep.tolist() for name, keep in mask.keep.items()} == {
+        name: keep.tolist() for name, keep in wanted.keep.items()
+    }
+
+
+def test_cuts_grow_by_one_or_a_tenth_up_to_half():
+    found = list(counts(100))
+    assert found[:12] == list(range(12))
+    assert found[-1] <= 50 < round(1.1 * found[-1]) + 1
+    assert found == sorted(set(found))
+
+
+@pytest.mark.parametrize(("text", "names"), [("none", ()), ("noise", ("noise",)), ("trigger+noise", ("trigger", "noise"))])
+def test_proxies_are_read(text, names):
+    assert read_proxies(text) == names
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"proxies": "magic"}, {"proxies": ""}, {"games": -1}, {"images": 0}, {"drop": 2.0}, {"price": -1.0}, {"lr": 0.0},
+     {"width": 0}, {"degree": -1}, {"residual": "both"}, {"edit": "bias"}],
+)  # fmt: skip
+def test_settings_out_of_range(wrong, victim):
+    with pytest.raises(MethodError):
+        QUICK(victim.model, make_images(60, 9), **wrong, generator=generator(0))
+
+
+def test_too_few_images(victim):
+    with pytest.raises(DataError):
+        QUICK(victim.model, make_images(1, 9), generator=generator(0))
+
+
+def test_what_it_needs_is_said(victim, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("secateur.repair.onp.p")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch_geometric.nn", None)
+    with pytest.raises(MethodError, match=r"pip install secateur\[onp\]"):
+        QUICK(victim.model, make_images(60, 9), generator=generator(0))

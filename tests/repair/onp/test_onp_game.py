@@ -1,0 +1,184 @@
+"""The game, who plays it, and that playing is learned."""
+
+from __future__ import annotations
+
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+
+from conftest import make_images
+from secateur.errors import MethodError
+from secateur.prune.mask import apply_mask
+from secateur.repair.onp import signs
+from secateur.repair.onp.env import CONTEXT, Pruning
+from secateur.repair.onp.features import NAMES, features
+from secateur.repair.onp.layers import layers
+from secateur.repair.onp.policy import SHY, Policy, together
+from secateur.repair.onp.ppo import GAMMA, LAMBDA, Learner, Played, chances, play, train
+from secateur.state import generator
+from secateur.types import ChannelMask
+
+
+def board(victim, **kind):
+    images = make_images(60, 9)
+    found = layers(victim.model, images.shape)
+    error, sign = signs.clean_errors(victim.model, images), signs.triggered(victim.model, images, [victim.trigger])
+    return Pruning(victim.model, found, features(victim.model, images, found, [error, sign]), error, [sign], **kind)
+
+
+@pytest.fixture
+def env(victim):
+    return board(victim)
+
+
+def first_of(env):
+    action = np.zeros(env.action_space.n, np.int8)
+    action[0] = 1
+    return action
+
+
+def test_it_is_an_environment(env):
+    check_env(env, skip_render_check=True)
+    assert isinstance(env, gymnasium.Env)
+
+
+def test_layers_move_from_the_last_to_the_first_and_the_mask_is_of_all_moves(env, victim):
+    shown, _ = env.reset()
+    done, order = False, []
+    while not done:
+        layer = env.layer
+        order.append(layer.sites)
+        assert shown.nodes.shape == (layer.size, len(NAMES) + len(CONTEXT))
+        assert env.observation_space.contains(shown)
+        shown, _, done, cut_short, info = env.step(first_of(env))
+        assert not cut_short
+    assert order == [layer.sites for layer in reversed(env.layers)]
+    whole = ChannelMask({site: torch.arange(layer.size) > 0 for layer in env.layers for site in layer.sites})
+    weights = dict(env.mask.keep)
+    assert set(weights) == {f"{site}.weight" for site in whole.keep}
+    model = apply_mask(env.model, env.mask)
+    assert info["trigger"] == pytest.approx(signs.triggered(model, make_images(60, 9), [victim.trigger])(ChannelMask({})))
+    with pytest.raises(MethodError, match="the game is over"):
+        env.step(first_of(env))
+    assert float(env.reset()[0].nodes[0, len(NAMES)]) == 1.0
+
+
+def test_rewards_add_up_to_what_the_end_is_worth(env):
+    env.reset()
+    start = env.value(env.standing)
+    total, done = 0.0, False
+    while not done:
+        _, reward, done, _, _ = env.step(first_of(env))
+        total += reward
+    assert start + total == pytest.approx(env.value(env.standing))
+    standing = env.standing
+    assert standing.cut == pytest.approx(len(env.layers) / env.neurons)
+    expected = -standing.sign - env.multiplier * max(0, standing.rise - env.drop) - env.price * standing.cut
+    assert env.value(standing) == pytest.approx(expected)
+
+
+def test_a_move_that_cuts_nothing_costs_no_evaluation(env):
+    env.reset()
+    before = env.evaluations
+    _, reward, _, _, _ = env.step(np.zeros(env.action_space.n, np.int8))
+    assert env.evaluations == before
+    assert reward == 0
+
+
+@pytest.mark.parametrize("kind", [{"drop": 2.0}, {"price": -1.0}])
+def test_rules_out_of_range(victim, kind):
+    with pytest.raises(MethodError):
+        board(victim, **kind)
+
+
+def shown_by(env):
+    shown, _ = env.reset()
+    found, done = [shown], False
+    while not done:
+        shown, _, done, _, _ = env.step(np.zeros(env.action_space.n, np.int8))
+        found += [] if done else [shown]
+    return found
+
+
+def test_a_policy_starts_shy_and_sees_neighbours_unless_told_not_to(env):
+    shown = shown_by(env)
+    for graph in (True, False):
+        torch.manual_seed(0)
+        policy = Policy(graph=graph)
+        logits, values = policy(together(shown))
+        assert logits.tolist() == pytest.approx([SHY] * len(logits))
+        assert values.shape == (len(shown),)
+        torch.nn.init.normal_(policy.act.weight)
+        whole = policy(together(shown[:1]))[0]
+        apart = [each._replace(nodes=each.nodes.copy()) for each in shown[:1]]
+        apart[0].nodes[1] += 3
+        moved = (policy(together(apart))[0] - whole).abs() > 1e-6
+        assert bool(moved[1])
+        assert bool(moved[torch.arange(len(moved)) != 1].any()) == graph
+
+
+def test_a_batch_of_layers_is_seen_as_each_alone(env):
+    torch.manual_seed(0)
+    policy, shown = Policy(), shown_by(env)
+    torch.nn.init.normal_(policy.act.weight)
+    logits, values = policy(together(shown))
+    single = [policy(together([each])) for each in shown]
+    torch.testing.assert_close(logits, torch.cat([each[0] for each in single]))
+    torch.testing.assert_close(values, torch.cat([each[1] for each in single]))
+
+
+def test_advantages_by_hand():
+    game = Played(values=[1.0, 2.0], rewards=[0.5, -1.0])
+    last = -1.0 - 2.0
+    first = 0.5 + GAMMA * 2.0 - 1.0 + GAMMA * LAMBDA * last
+    assert game.advantages().tolist() == pytest.approx([first, last])
+
+
+def test_playing_is_learned_and_the_same_seed_learns_the_same(victim):
+    """With the attacker's own trigger as the sign, a few games are enough to find the neurons."""
+
+    def learned(seed):
+        env = board(victim, drop=0.05)
+        torch.manual_seed(seed)
+        learner = Learner(Policy(), lr=0.01)
+        before = sum(play(env, learner.policy).rewards)
+        history = train(learner, [env], games=80, generator=generator(seed))
+        return env, learner, before, history
+
+    env, learner, before, history = learned(0)
+    after = sum(play(env, learner.policy).rewards)
+    assert before == 0  # shy
+    assert after > 0.5
+    assert env.standing.rise <= 0.05
+    assert history[-1]["games"] == 80
+    assert history[-1]["evaluations"] > history[0]["evaluations"]
+    assert learned(0)[3] == history
+    assert [len(each) for each in chances(env, learner.policy)] == [layer.size for layer in env.layers]
+
+
+def test_lost_accuracy_becomes_dearer_while_it_is_lost(victim):
+    env = board(victim, drop=0.0)
+    policy = Policy()
+    with torch.no_grad():
+        policy.act.bias.fill_(8.0)  # cuts all
+    start = env.multiplier
+    train(Learner(policy, lr=1e-9), [env], games=2, at_once=1, generator=generator(0))
+    assert env.standing.rise > 0.3
+    assert env.multiplier > start + 5
+    env.drop, env.multiplier = 1.0, 3.0
+    train(Learner(policy, lr=1e-9), [env], games=2, at_once=1, generator=generator(0))
+    assert env.multiplier == 0
+
+
+def test_updates_that_go_too_far_are_clipped(env):
+    """However often the same games are learned from, no choice gets much likelier than the clip allows."""
+    torch.manual_seed(0)
+    learner = Learner(Policy(), lr=0.05)
+    games = [play(env, learner.policy, generator=generator(seed)) for seed in range(4)]
+    learner.update(games)
+    logits = learner.policy(together([each for game in games for each in game.shown]))[0]
+    assert all(math.isfinite(value) for value in logits.tolist())
