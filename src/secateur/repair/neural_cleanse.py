@@ -86,7 +86,7 @@ def neural_cleanse(
     suspicion = suspected(found, shortcut=shortcut, anomaly=anomaly)
     log, note = told(found, suspicion)
     hook = None
-    if suspicion.flagged:
+    if suspicion.flagged and epochs > 0:
         smallest = [each for each in found if each.target in suspicion.flagged]
         for kind in get_args(Kind):
             if kind not in kinds.split("+"):

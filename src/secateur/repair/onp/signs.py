@@ -86,7 +86,7 @@ def clean_errors(model: nn.Module, images: ImageSet) -> Sign:
 
 
 def triggered(model: nn.Module, images: ImageSet, triggers: Sequence[Trigger]) -> Sign:
-    """Return the share of images of other classes that triggers send to their targets, each trigger on all of them.
+    """Return the share of images of other classes that triggers send to their targets; the images are dealt out to them.
 
     Raises:
         MethodError: There is no trigger, or one that has no single target.
@@ -94,10 +94,11 @@ def triggered(model: nn.Module, images: ImageSet, triggers: Sequence[Trigger]) -
     if not triggers:
         raise MethodError("this sign needs at least one trigger, got none")
     stamped, labels, hits = [], [], []
-    for trigger in triggers:
+    for number, trigger in enumerate(triggers):
         if not isinstance(trigger.target, int):
             raise MethodError("this sign needs triggers with one target each")
         others = images.subset(images.y != trigger.target)
+        others = others.subset(torch.arange(number, len(others), len(triggers)))
         stamped.append((trigger.apply(to_float(others.x)) * 255).round().clamp(0, 255).to(torch.uint8))
         labels.append(others.y)
         hits.append(torch.full_like(others.y, trigger.target))
