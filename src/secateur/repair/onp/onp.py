@@ -37,6 +37,7 @@ def onp(
     clean: ImageSet,
     *,
     proxies: str = "trigger+unlearned",
+    policy: str = "",
     games: int = 64,
     images: int = 256,
     drop: float = 0.02,
@@ -63,12 +64,13 @@ def onp(
         clean: Labelled clean images: three quarters are learned from, a quarter chooses how much to cut.
         proxies: What shows a backdoor, joined by ``+``: inverted ``trigger``s, an ``unlearned`` copy, neuron ``noise``; or
             ``none``.
-        games: To learn from, >= 0.
+        policy: Folder of a policy to start from (see `secateur.repair.onp.saved`); without one it starts anew.
+        games: To learn from, >= 0; with a policy, 0 uses it as it is.
         images: Clean images that moves are judged on, >= 1.
         drop: Clean accuracy that the cut may cost, in [0, 1].
         price: Of cutting all neurons, >= 0, where the signs are worth at most 1.
         lr: Learning rate of the policy, > 0.
-        width: Of the policy, >= 1.
+        width: Of a new policy, >= 1.
         degree: Neighbours that each neuron chooses, >= 0.
         residual: Whether the channels of a residual stream go ``tied`` or ``apart``.
         edit: Set the ``weight`` of a cut neuron to 0, or ``weight+bias``.
@@ -79,7 +81,7 @@ def onp(
     Raises:
         DataError: ``clean`` is too small to hold a quarter out.
         MethodError: An argument is out of range.
-        ModelError: The network cannot be traced.
+        ModelError: The network cannot be traced, or the policy cannot be read.
 
     What is the paper's: a graph per layer of the network, nodes for neurons, edges by the cosine between vectors of l1 norms,
     coupled channels of residual streams that go together, a graph network that learns by reinforcement, little clean data.
@@ -90,6 +92,7 @@ def onp(
         from .env import Pruning
         from .policy import Policy
         from .ppo import Learner, chances, train
+        from .saved import load_policy
     except ImportError:
         raise MethodError("onp needs torch_geometric and gymnasium; run: pip install secateur[onp]") from None
     check_range("games", games, 0, 2**31)
@@ -105,7 +108,7 @@ def onp(
     nodes = features(model, few, found, [error, *signs])
     env = Pruning(model, found, nodes, error, signs, drop=drop, price=price, edit=edit)
     with seeded(generator):
-        learner = Learner(Policy(width=width), lr=lr)
+        learner = Learner(load_policy(policy) if policy else Policy(width=width), lr=lr)
     watch = None if on_step is None else lambda done, _: on_step(done, games)
     history = train(learner, [env], games=games, on_update=watch, generator=generator)
     path, mask, chosen_notes = choose(model, judged, env, chances(env, learner.policy))

@@ -1,0 +1,72 @@
+"""Policies as files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from conftest import make_images
+from secateur.errors import ModelError
+from secateur.repair.onp import onp
+from secateur.repair.onp.policy import Policy
+from secateur.repair.onp.saved import load_policy, save_policy
+from secateur.state import generator
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    save_policy(Policy(width=8, graph=False), tmp_path / "p")
+    return tmp_path / "p"
+
+
+def test_what_is_saved_comes_back(folder):
+    torch.manual_seed(0)
+    made, found = Policy(width=8, graph=False), load_policy(folder)
+    assert (found.width, found.graph) == (8, False)
+    for name, value in made.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value)
+    assert all(parameter.requires_grad for parameter in found.parameters())
+
+
+def test_a_policy_that_cuts_nothing_is_used_as_it_is(victim, folder):
+    """Its weights are drawn but for those of the head, which say no to every neuron alike."""
+    clean = make_images(60, 9)
+    result = onp(victim.model, clean, proxies="unlearned", policy=str(folder), games=0, images=32, generator=generator(0))
+    assert set(result.log) == {"evaluations"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "other features"),
+        ({"nodes": ["depth"]}, "other features"),
+        ({"width": 0}, "a width of 1 to 4096"),
+        ({"width": "8"}, "a width of 1 to 4096"),
+        ({"width": 10**9}, "a width of 1 to 4096"),
+        ({"graph": 1}, "a width of 1 to 4096"),
+        ({"width": 16}, "must have shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder, change, message):
+    record = json.loads((folder / "policy.json").read_text("utf-8"))
+    (folder / "policy.json").write_text(json.dumps(record | change), "utf-8")
+    with pytest.raises(ModelError, match=message):
+        load_policy(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 10_000])
+def test_a_damaged_record_is_refused(folder, text):
+    (folder / "policy.json").write_text(text, "utf-8")
+    with pytest.raises(ModelError, match="policy"):
+        load_policy(folder)
+
+
+def test_damaged_or_missing_weights_are_refused(folder, tmp_path):
+    (folder / "policy.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match="not a valid safetensors file"):
+        load_policy(folder)
+    with pytest.raises(ModelError, match="must be a file, found none"):
+        load_policy(tmp_path / "nowhere")
