@@ -11,7 +11,7 @@ from ..report.markdown import escape
 from ..report.wording import plain, signed
 from .nodes import COLUMNS
 from .plan import Plan
-from .stats import Block, Summary, wilson
+from .stats import Block, Summary
 from .tables import (
     ATTACK,
     VISIBILITY,
@@ -234,8 +234,10 @@ def _flagged(rows: Iterable[Row], plan: Plan) -> Section:
 def _share_of(flagged: Sequence[bool]) -> str:
     if not flagged:
         return NOTHING
-    low, high = wilson(sum(flagged), len(flagged))
-    return f"{_pc(sum(flagged) / len(flagged))} [{_pc(low)}, {_pc(high)}] of {len(flagged)}"
+    from ..measure import wilson  # needs torch, which no other table does
+
+    rate = wilson(sum(flagged), len(flagged))
+    return f"{_pc(rate.value)} [{_pc(rate.low)}, {_pc(rate.high)}] of {rate.n}"
 
 
 def _ranks(rows: Sequence[Row], plan: Plan) -> Section:

@@ -120,7 +120,8 @@ class Channelwise:
 
     def _is_each(self, node: fx.Node, module: nn.Module | None) -> bool:
         """Return whether each channel of the output depends on this channel of the input alone."""
-        if len(self._graph.shapes.get(node, ())) != len(self._graph.shapes.get(node.all_input_nodes[0], ())):
+        before, after = (self._graph.shapes.get(each, ()) for each in (node.all_input_nodes[0], node))
+        if len(before) != len(after) or before[:2] != after[:2]:
             return False
         if node.op == "call_module":
             return isinstance(module, EACH_MODULE) and not getattr(module, "return_indices", False)

@@ -166,7 +166,7 @@ def cut_lowest(model: nn.Module, judged: ImageSet, scores: Scores, *, drop: floa
     """
     ranking = rank(scores, scope="global")
     values = torch.cat([value.flatten() for value in scores.values.values()])[ranking.pools[0]]
-    counts = _counts(int((values < 1).sum()))
+    counts = growing(int((values < 1).sum()))
     cuts = {count / ranking.size: edited(model, ranking.cut(Count(count)), edit) for count in counts}
     path, mask, note = follow(model, judged, cuts, drop)
     cut = next(count for count, each in zip(counts, cuts.values(), strict=True) if each is mask)
@@ -175,7 +175,8 @@ def cut_lowest(model: nn.Module, judged: ImageSet, scores: Scores, *, drop: floa
     return Repaired(apply_mask(model, mask).eval(), mask, path, log, notes)
 
 
-def _counts(most: int) -> list[int]:
+def growing(most: int) -> list[int]:
+    """Return the numbers of neurons to try: from 0 to ``most``, each larger by one or a tenth."""
     counts = [0]
     while counts[-1] < most:
         counts.append(min(most, max(counts[-1] + 1, round(1.1 * counts[-1]))))

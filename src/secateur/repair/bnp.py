@@ -5,7 +5,7 @@ Zheng, Tang, Li, Liu, "Pre-activation Distributions Expose Backdoor Neurons", Ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +48,7 @@ def bnp(model: nn.Module, clean: ImageSet, *, k: float = 3.0, edit: Edit = "weig
         raise DataError(f"bnp needs at least two clean images for a variance, got {len(clean)}")
     norms = judged_norms(model, clean.shape, "bnp")
     moments = {name: Moments() for name in norms}
-    watch_norms(model, clean, {name: moments[name].add for name in norms})
+    watch(model, clean, {name: moments[name].add for name in norms})
     scores = Scores({name: divergence(moments[name], norm) for name, norm in norms.items()}, "channel")
     cut = rank(scores, order="largest").cut(Outliers(k))
     return apply_and_heal(model, clean, edited(model, cut, edit), heal=None, generator=generator)
@@ -69,14 +69,16 @@ def judged_norms(model: nn.Module, input_shape: tuple[int, int, int], method: st
     return norms  # type: ignore[return-value]
 
 
-def watch_norms(model: nn.Module, images: ImageSet, watchers: dict[str, Callable[[Tensor], None]]) -> None:
-    """Show images to a network in eval mode; each watcher gets what enters its batch-norm, batch by batch."""
+def watch(
+    model: nn.Module, images: ImageSet, watchers: Mapping[str, Callable[[Tensor], None]], *, leaving: bool = False
+) -> None:
+    """Show images to a network in eval mode; each watcher gets what enters its module, or leaves it, batch by batch."""
     net, device = core(model), next(model.parameters()).device
 
-    def hook(watch: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, given: watch(given[0])
+    def hook(tell: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, given, out: tell(out if leaving else given[0])
 
-    handles = [net.get_submodule(name).register_forward_pre_hook(hook(watch)) for name, watch in watchers.items()]
+    handles = [net.get_submodule(name).register_forward_hook(hook(tell)) for name, tell in watchers.items()]
     try:
         with evaluating(model), torch.inference_mode():
             for x, _ in images.batches(batch_size(512)):

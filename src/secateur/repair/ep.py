@@ -13,7 +13,7 @@ from ..errors import DataError, check_range
 from ..prune import Outliers, apply_and_heal, rank
 from ..prune.mask import Edit, edited
 from ..types import ImageSet, Repaired, Scores
-from .bnp import judged_norms, watch_norms
+from .bnp import judged_norms, watch
 
 
 def ep(
@@ -62,7 +62,7 @@ def ep(
     (drawn,) = stratified(torch.zeros_like(suspect.y), [min(images, len(suspect))], generator=generator)
     maxima: dict[str, list[Tensor]] = {name: [] for name in norms}
     shown = suspect.subset(drawn)
-    watch_norms(model, shown, {name: lambda x, seen=seen: seen.append(largest(x)) for name, seen in maxima.items()})
+    watch(model, shown, {name: lambda x, seen=seen: seen.append(largest(x)) for name, seen in maxima.items()})
     scores = {name: entropies(torch.cat(seen).T, bin_width) for name, seen in maxima.items()}
     cut = rank(Scores(scores, "channel")).cut(Outliers(k))
     return apply_and_heal(model, clean, edited(model, cut, edit), heal=None, generator=generator)

@@ -108,8 +108,9 @@ def unlearned_class(model: nn.Module, clean: ImageSet, *, generator: torch.Gener
     unlearned, _ = unlearn(model, clean, lr=0.01, until=0.1, epochs=20, generator=generator)
     chosen = clean.subset(torch.randperm(len(clean), generator=generator)[:UNLEARNED])
     batches = sample(chosen, min(256, len(chosen)), 2, device=next(model.parameters()).device, generator=generator)
-    with torch.no_grad():  # in train mode, as it was trained: its running statistics lag behind
-        answers = [(undropped(unlearned)(x).argmax(1), y) for x, y in batches]
+    undropped(unlearned)  # in train mode, as it was trained: its running statistics lag behind
+    with torch.no_grad():
+        answers = [(unlearned(x).argmax(1), y) for x, y in batches]
     return int(_moved(answers, len(clean.classes)).argmax())
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from conftest import make_images
-from secateur.errors import DataError, MethodError
+from secateur.errors import DataError, MethodError, ModelError
 from secateur.measure import evaluate
 from secateur.prune.mask import removed
 from secateur.repair.onp import onp
-from secateur.repair.onp.layers import layers
-from secateur.repair.onp.onp import choose, counts, cut_of, read_proxies
+from secateur.repair.onp.layers import layers, mask_of
+from secateur.repair.onp.onp import choose, read_proxies
 from secateur.state import generator
 from secateur.types import ChannelMask
 
@@ -53,9 +53,16 @@ def test_every_proxy_can_be_played_for(proxies, victim):
 
 
 def test_without_games_the_shy_policy_cuts_by_value_alone(victim):
-    assert QUICK(victim.model, make_images(100, 9), games=0, generator=generator(0)).log == {
-        "evaluations": pytest.approx(9, abs=9)
-    }
+    log = QUICK(victim.model, make_images(100, 9), games=0, generator=generator(0)).log
+    assert set(log) == {"evaluations"}
+    assert log["evaluations"] > 1
+
+
+def test_what_is_wrong_is_said_before_the_long_search(victim, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.modules["secateur.repair.onp.onp"], "seek", lambda *args, **kwargs: pytest.fail("too late"))
+    for wrong in ({"policy": str(tmp_path / "none")}, {"price": -1.0}, {"drop": 2.0}, {"residual": "both"}, {"degree": -1}):
+        with pytest.raises((MethodError, ModelError)):
+            QUICK(victim.model, make_images(60, 9), **wrong, generator=generator(0))
 
 
 def test_a_cut_takes_a_channel_at_all_sites_of_its_stream():
@@ -72,7 +79,7 @@ def test_a_cut_takes_a_channel_at_all_sites_of_its_stream():
     model = Chain()
     found = layers(model, (3, 8, 8))
     assert [layer.sites for layer in found] == [("one", "two")]
-    mask = cut_of(model, found, torch.tensor([1, 3]), "weight+bias")
+    mask = mask_of(model, found, [torch.tensor([True, False, True, False])], "weight+bias")
     assert isinstance(mask, ChannelMask)
     assert {site: keep.tolist() for site, keep in mask.keep.items()} == {
         site: [True, False, True, False] for site in ("one", "two")
@@ -92,17 +99,12 @@ def test_of_the_affordable_cuts_the_one_of_the_highest_value_is_taken(victim, mo
     board = Board()
     chances = list(torch.rand(board.neurons, generator=generator(1)).split([layer.size for layer in board.layers]))
     _, mask, _ = choose(victim.model, make_images(40, 9), board, chances)  # type: ignore[arg-type]
-    wanted = cut_of(victim.model, board.layers, torch.cat(chances).argsort(descending=True)[:3], "weight")
+    order = torch.cat(chances).argsort(descending=True)
+    keeps = (order.argsort() >= 3).split([layer.size for layer in board.layers])
+    wanted = mask_of(victim.model, board.layers, keeps, "weight")
     assert {name: keep.tolist() for name, keep in mask.keep.items()} == {
         name: keep.tolist() for name, keep in wanted.keep.items()
     }
-
-
-def test_cuts_grow_by_one_or_a_tenth_up_to_half():
-    found = list(counts(100))
-    assert found[:12] == list(range(12))
-    assert found[-1] <= 50 < round(1.1 * found[-1]) + 1
-    assert found == sorted(set(found))
 
 
 @pytest.mark.parametrize(("text", "names"), [("none", ()), ("noise", ("noise",)), ("trigger+noise", ("trigger", "noise"))])

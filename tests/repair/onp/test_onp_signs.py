@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import make_images
-from secateur.errors import MethodError
+from secateur.errors import DataError, MethodError
 from secateur.measure import evaluate, predict
 from secateur.models import core
 from secateur.prune.mask import apply_mask
@@ -127,3 +127,9 @@ def test_a_sign_counts_what_it_computed(victim):
     once = sign.forwards
     sign(mask)
     assert sign.forwards == once > 0
+
+
+def test_a_sign_without_images_is_refused(victim):
+    clean = make_images(30, 9)
+    with pytest.raises(DataError, match="no image is left"):
+        signs.triggered(victim.model, clean.subset(clean.y == 0), [victim.trigger])

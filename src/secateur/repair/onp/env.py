@@ -17,10 +17,10 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from ...errors import MethodError, check_range
-from ...prune.mask import Edit, edited
+from ...prune.mask import Edit
 from ...types import ChannelMask, HardMask
 from .features import NAMES
-from .layers import Layer
+from .layers import Layer, mask_of
 from .signs import Sign
 
 CONTEXT = "left", "error", "sign", "cut"
@@ -141,11 +141,8 @@ class Pruning(gymnasium.Env):
     @property
     def mask(self) -> HardMask:
         """What has been cut so far."""
-        moved = reversed(self.layers[len(self.layers) - len(self._keeps) :])
-        keeps = {
-            site: keep for layer, keep in zip(moved, self._keeps, strict=True) for site in layer.sites if not bool(keep.all())
-        }
-        return edited(self.model, ChannelMask(keeps), self.edit)
+        moved = self.layers[len(self.layers) - len(self._keeps) :]
+        return mask_of(self.model, moved, self._keeps[::-1], self.edit)
 
     def worth(self, mask: HardMask, cut: float) -> float:
         """Return what a game that ends with a mask is worth, of which a share ``cut`` of all neurons is cut."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ...models import core
 from ...models.channels import NORMS, trace_channels
 from ...prune.lipschitz import lipschitz
-from ...state import batch_size, evaluating, generator
+from ...state import generator
 from ...types import ImageSet
-from ..bnp import Moments, divergence, watch_norms
+from ..bnp import Moments, divergence, watch
 from .layers import Feeding, Layer
 from .signs import Sign
 
@@ -73,7 +73,7 @@ def _own(model: nn.Module, clean: ImageSet) -> dict[str, dict[str, Tensor]]:
     found["lipschitz"] = dict(lipschitz(model, clean, generator=generator(0)).values)  # draws nothing
     norms = {site.name: norm for site in sites if isinstance(norm := modules[site.name], NORMS)}
     entering = {name: Moments() for name, norm in norms.items() if norm.running_var is not None}
-    watch_norms(model, clean, {name: moments.add for name, moments in entering.items()})
+    watch(model, clean, {name: moments.add for name, moments in entering.items()})
     found["divergence"] = {name: divergence(moments, norms[name]) for name, moments in entering.items()}  # type: ignore[arg-type]
     leaving = _leaving(model, clean, [site.name for site in sites])
     for site in sites:
@@ -92,19 +92,11 @@ def _own(model: nn.Module, clean: ImageSet) -> dict[str, dict[str, Tensor]]:
 
 def _leaving(model: nn.Module, clean: ImageSet, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return mean and standard deviation of what leaves each site on clean images, ``(channels,)`` each."""
-    moments = {name: Moments() for name in names}
-    net, device = core(model), next(model.parameters()).device
+    moments, net = {name: Moments() for name in names}, core(model)
 
-    def watch(name: str, module: nn.Module, given: object, out: Tensor) -> None:
-        last = isinstance(module, nn.Linear | nn.LayerNorm)
+    def tell(name: str, out: Tensor) -> None:
+        last = isinstance(net.get_submodule(name), nn.Linear | nn.LayerNorm)
         moments[name].add(out.movedim(-1, 1) if last and out.dim() > 2 else out)
 
-    handles = [net.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
-    try:
-        with evaluating(model), torch.inference_mode():
-            for x, _ in clean.batches(batch_size(512)):
-                model(x.to(device).contiguous(memory_format=torch.channels_last))
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch(model, clean, {name: partial(tell, name) for name in names}, leaving=True)
     return {name: (torch.as_tensor(each.mean), each.variance.sqrt()) for name, each in moments.items()}

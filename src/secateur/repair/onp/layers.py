@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ...errors import MethodError, check_choice, check_range
 from ...models import core
 from ...models.channels import ChannelGraph, Site, trace_channels
+from ...prune.mask import Edit, edited
+from ...types import ChannelMask, HardMask
 
 Residual = Literal["tied", "apart"]
 
@@ -99,6 +101,12 @@ def _streams(graph: ChannelGraph, residual: Residual) -> Iterator[list[Site]]:
             roots = tuple(graph.groups[site.name].tolist())
             together.setdefault(roots if residual == "tied" else site.name, []).append(site)
     yield from together.values()
+
+
+def mask_of(model: nn.Module, layers: Sequence[Layer], keeps: Sequence[Tensor], edit: Edit) -> HardMask:
+    """Return the mask that keeps of each layer what ``keeps`` says, bool ``(size,)``, at all its sites."""
+    by_site = {site: keep for layer, keep in zip(layers, keeps, strict=True) for site in layer.sites if not bool(keep.all())}
+    return edited(model, ChannelMask(by_site), edit)
 
 
 class Feeding:

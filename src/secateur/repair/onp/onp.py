@@ -5,7 +5,7 @@ Li, Yu, Yi, "Optimized Neuron Pruning" (arXiv:2405.17746, 2024); their code is n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,14 +15,15 @@ from ...data import holdout
 from ...detect import Precision
 from ...errors import MethodError, check_choice, check_range
 from ...prune.grammar import follow
-from ...prune.mask import Edit, apply_mask, collapsed, edited
+from ...prune.mask import Edit, apply_mask, collapsed
+from ...prune.neurons import growing
 from ...state import seeded
 from ...train import OnStep
-from ...types import Candidate, ChannelMask, HardMask, ImageSet, Repaired
+from ...types import Candidate, HardMask, ImageSet, Repaired
 from ..evidence import examine, grown
 from . import signs as given_signs
 from .features import features
-from .layers import Layer, Residual, layers
+from .layers import Residual, layers, mask_of
 from .signs import Sign
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def onp(
         generator: Source of all randomness.
 
     Raises:
-        DataError: ``clean`` is too small to hold a quarter out.
+        DataError: ``clean`` is too small to hold a quarter out, or ``images`` for a sign.
         MethodError: An argument is out of range.
         ModelError: The network cannot be traced, or the policy cannot be read.
 
@@ -99,16 +100,19 @@ def onp(
     check_range("images", images, 1, 2**31)
     check_range("lr", lr, 1e-12, 1e6)
     check_range("width", width, 1, 2**16)
+    check_range("drop", drop, 0, 1)
+    check_range("price", price, 0, 1e6)
     wanted = read_proxies(proxies)
+    start = load_policy(policy) if policy else None  # refused now, not after the inversion
+    found = layers(model, clean.shape, degree=degree, residual=residual)
     fitted, judged = holdout(clean, JUDGED, generator=generator)
     few = fitted.subset(torch.randperm(len(fitted), generator=generator)[:images])
     error = given_signs.clean_errors(model, few)
     signs, notes = seek(model, fitted, few, wanted, precision=precision, generator=generator)
-    found = layers(model, clean.shape, degree=degree, residual=residual)
     nodes = features(model, few, found, [error, *signs])
     env = Pruning(model, found, nodes, error, signs, drop=drop, price=price, edit=edit)
     with seeded(generator):
-        learner = Learner(load_policy(policy) if policy else Policy(width=width), lr=lr)
+        learner = Learner(start or Policy(width=width), lr=lr)
     watch = None if on_step is None else lambda done, _: on_step(done, games)
     history = train(learner, [env], games=games, on_update=watch, generator=generator)
     path, mask, chosen_notes = choose(model, judged, env, chances(env, learner.policy))
@@ -157,26 +161,14 @@ def choose(
 ) -> tuple[tuple[Candidate, ...], HardMask, tuple[str, ...]]:
     """Follow the ranking until accuracy on held-out images falls by more than allowed; take the cut of the highest value."""
     order = torch.cat(list(chances)).argsort(descending=True)
-    cuts = {count / len(order): cut_of(model, env.layers, order[:count], env.edit) for count in counts(len(order))}
+    sizes = [layer.size for layer in env.layers]
+    cuts = {}
+    for count in growing(len(order) // 2):
+        keep = torch.ones(len(order), dtype=torch.bool)
+        keep[order[:count]] = False
+        cuts[count / len(order)] = mask_of(model, env.layers, keep.split(sizes), env.edit)
     path, largest, note = follow(model, judged, cuts, env.drop)
     able = list(cuts.items())[: 1 + next(number for number, mask in enumerate(cuts.values()) if mask is largest)]
     _, best = max(able, key=lambda item: env.worth(item[1], item[0]))
     notes = tuple(f"layer collapse: nothing is left of '{name}'" for name in collapsed(best)) + (note,) * bool(note)
     return path, best, notes
-
-
-def cut_of(model: nn.Module, layers: Sequence[Layer], nodes: Tensor, edit: Edit) -> HardMask:
-    """Return the mask that cuts nodes, numbered through all layers."""
-    keep = torch.ones(sum(layer.size for layer in layers), dtype=torch.bool)
-    keep[nodes] = False
-    parts = keep.split([layer.size for layer in layers])
-    keeps = {site: part for layer, part in zip(layers, parts, strict=True) for site in layer.sites if not bool(part.all())}
-    return edited(model, ChannelMask(keeps), edit)
-
-
-def counts(most: int) -> Iterable[int]:
-    """Yield ever larger numbers of neurons, by one or a tenth more, up to half of them."""
-    count = 0
-    while count <= most // 2:
-        yield count
-        count = max(count + 1, round(1.1 * count))

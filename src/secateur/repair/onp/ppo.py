@@ -87,7 +87,7 @@ class Learner:
         before = _likelihoods(torch.cat([logits for game in games for logits in game.logits]), cuts)
         advantages = torch.cat([game.advantages() for game in games])
         returns = advantages + torch.tensor([value for game in games for value in game.values])
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-6)
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-6)
         by_node = advantages[shown.of]
         for _ in range(EPOCHS):
             logits, values = self.policy(shown)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data import sample
-from ...errors import MethodError
+from ...errors import DataError, MethodError
 from ...forward import Incremental
 from ...measure import predict
 from ...models import core
@@ -45,6 +45,13 @@ class Sign:
     def __init__(
         self, name: str, base: nn.Module, images: ImageSet, hits: Tensor | None = None, *, memory: int = 2**28
     ) -> None:
+        """Take what is to be shown.
+
+        Raises:
+            DataError: That is nothing.
+        """
+        if len(images) == 0:
+            raise DataError(f"no image is left for the sign '{name}': all are of the class in question; give more images")
         self.name, self.base, self.images, self.hits = name, base, images, hits
         self._evaluator = Incremental(base, images, memory=memory)
 
