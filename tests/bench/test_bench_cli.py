@@ -129,6 +129,15 @@ def test_provenance(home, capsys):
     assert set(record["seconds_of_work"]) == {"data", "victim", "repair", "measure"}
 
 
+def test_a_table_from_its_cells_needs_neither_store_nor_images(home, tmp_path, capsys):
+    assert bench(home, "report", "--output", str(tmp_path / "cells.csv")) == 0
+    assert bench(home, "report") == 0
+    table = capsys.readouterr().out
+    arguments = ["--cells", str(tmp_path / "cells.csv"), "--data", "no.npz", "--store", str(tmp_path / "none")]
+    assert run(["bench", "report", str(home / "tiny.toml"), *arguments]) == 0
+    assert capsys.readouterr().out == table
+
+
 def test_reindex(home, capsys):
     for part in (home / "store").glob("index.sqlite*"):
         part.unlink()
@@ -156,6 +165,8 @@ def test_reindex(home, capsys):
             ["report", "{plan}", "--store", "{home}/store", "--output", "no/such/folder.csv"],
             "cannot write no/such/folder.csv: No such file or directory",
         ),
+        (["report", "{plan}", "--cells", "no.csv"], "cannot read no.csv: No such file or directory"),
+        (["report", "{plan}", "--cells", "no.csv", "--format", "provenance"], "provenance stands in the store alone"),
         (["reindex", "--store", "no-store"], "no-store; run the plan first, or name another with --store"),
         (["status", "{plan}", "--store", "no-store"], "no-store; run the plan first, or name another with --store"),
         (["report", "{plan}", "--store", "no-store"], "no-store; run the plan first, or name another with --store"),

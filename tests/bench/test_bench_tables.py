@@ -12,7 +12,7 @@ import sys
 import pytest
 from scipy.stats import t
 
-from secateur.bench import layout, tables
+from secateur.bench import export, layout, tables
 from secateur.bench.nodes import COLUMNS, expand
 from secateur.bench.plan import read_plan
 from secateur.bench.store import Store
@@ -119,7 +119,7 @@ class Table:
         return self.groups()["net", backdoor, trigger or backdoor, clean, repair, "none"]
 
     def render(self, format="text", **options):
-        return tables.render(self.plan, self.graph, self.store, format, **options)
+        return export.render(self.rows(), self.plan, format, **options)
 
 
 def rate(value):
@@ -236,17 +236,88 @@ def test_a_broken_result_is_one_line(full):
 
 
 def test_over_attacks_has_mean_and_worst_without_the_control(full):
-    found = {row.defence.repair: row for row in tables.over_attacks(full.groups().values(), full.plan)}
+    found = {row.defence.repair: row for row in tables.over_attacks(full.rows(), full.plan)}
     assert found["tuned"].mean["attack_success"] == pytest.approx((0.525 + 0.475) / 2)
     assert found["tuned"].worst["attack_success"] == pytest.approx(0.55)
     assert found["tuned"].worst_attack == {"accuracy": "BadNets", "attack_success": "BadNets", "triggered_accuracy": "BadNets"}
     assert (found["tuned"].count.done, found["tuned"].attacks, found["tuned"].planned) == (12, 2, 2)
 
 
+def test_over_attacks_says_how_many_are_repaired_and_what_it_cost(tmp_path):
+    table = Table(tmp_path)
+    own, after = 0.2, {"BadNets": 0.29, "Blended": 0.31}  # the bar is 0.3
+    lost = {"BadNets": 0.01, "Blended": 0.05}
+    for cell in table.graph.cells:
+        if cell.backdoor == "none":
+            table.finish(cell, 0.9, own)
+        elif cell.repair == "none":
+            table.finish(cell, 0.8 + 0.01 * cell.victim_seed, 1.0)
+        else:
+            table.finish(cell, 0.8 + 0.01 * cell.victim_seed - lost[cell.backdoor], after[cell.backdoor])
+    found = {row.defence.repair: row for row in tables.over_attacks(table.rows(), table.plan)}
+    assert (found["tuned"].repaired, found["none"].repaired) == (1, 0)
+    assert found["none"].lost is None
+    mean, most, attack = found["tuned"].lost
+    assert (mean, most, attack) == (pytest.approx(0.03), pytest.approx(0.05), "Blended")
+    assert section(table.render(), "Over attacks")[-1][-3:] == ["1 of 2", "3.0", "5.0 (Blended)"]
+
+
+def test_without_a_benign_network_nobody_knows_what_is_repaired(tmp_path):
+    table = Table(tmp_path, PLAN.replace('[[backdoor]]\nname = "none"\n', ""))
+    table.fill()
+    assert {row.repaired for row in tables.over_attacks(table.rows(), table.plan)} == {None}
+
+
+@pytest.mark.parametrize("format", ["text", "csv", "md"])
+def test_tables_can_be_made_from_the_cells_alone(full, tmp_path, format):
+    (tmp_path / "cells.csv").write_text(full.render("csv", with_cost=True))
+    again = export.read_csv(tmp_path / "cells.csv", full.plan, expand(full.plan, digest=str))
+    assert export.render(again, full.plan, format, with_cost=True) == full.render(format, with_cost=True)
+
+
+def test_cells_of_all_states_are_read_again(tmp_path):
+    table = Table(tmp_path)
+    first, second = table.cells(backdoor="BadNets")[:2]
+    table.finish(first, 0.9, 0.5)
+    table.fail(second.keys[-1])
+    table.fail(table.cells(backdoor="Blended")[0].keys[0])
+    (tmp_path / "cells.csv").write_text(table.render("csv", with_cost=True))
+    assert export.read_csv(tmp_path / "cells.csv", table.plan, table.graph) == table.rows()
+
+
+def test_cells_that_a_csv_lacks_are_to_do(full, tmp_path):
+    (tmp_path / "cells.csv").write_text("".join(full.render("csv").splitlines(keepends=True)[:-1]))
+    found = export.read_csv(tmp_path / "cells.csv", full.plan, full.graph)
+    assert [row.state for row in found].count("todo") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("net,BadNets,", "net,Other,", r"plan 'small' has no cell net / Other / BadNets / none / none / 0"),
+        (",done,", ",fine,", "state is fine"),
+        (",done,0.", ",done,much.", "could not convert string to float"),
+        (",1000,", ",,", "accuracy_n"),
+        ("state", "stat", "state"),
+        ("model", "\0\udcff", "utf-8|without a name|NUL"),
+    ],
+)
+def test_a_csv_of_something_else_is_one_line(full, tmp_path, old, new, said):
+    (tmp_path / "cells.csv").write_bytes(full.render("csv").replace(old, new).encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=rf"is not a table of this plan: .*({said}).*; give the plan") as error:
+        export.read_csv(tmp_path / "cells.csv", full.plan, full.graph)
+    assert "\n" not in str(error.value)
+
+
+def test_a_csv_that_is_not_there(full, tmp_path):
+    with pytest.raises(DataError, match=r"cannot read .*cells.csv: No such file"):
+        export.read_csv(tmp_path / "cells.csv", full.plan, full.graph)
+
+
 def test_one_attack_has_no_table_over_attacks(tmp_path):
     table = Table(tmp_path, PLAN.replace('[[backdoor]]\nname = "blended"\nlabel = "Blended"\n', ""))
     table.fill()
-    assert tables.over_attacks(table.groups().values(), table.plan) == []
+    assert tables.over_attacks(table.rows(), table.plan) == []
     assert "OVER ATTACKS" not in table.render()
 
 
@@ -338,7 +409,7 @@ def test_tables_do_not_depend_on_the_order_of_filling(tmp_path):
         bad = table.cells(backdoor="Blended", repair="tuned")
         for cell in cells:
             table.fail(cell.keys[1]) if cell in bad else table.finish(cell, *numbers(cell))
-        texts.add(tuple(table.render(format) for format in tables.FORMATS))
+        texts.add(tuple(table.render(format) for format in export.FORMATS))
     assert len(texts) == 1
 
 
@@ -409,7 +480,7 @@ def test_unknown_format(full):
 
 def test_parquet_has_typed_columns(full, tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
-    tables.to_parquet(tmp_path / "cells.parquet", full.plan, full.graph, full.store)
+    export.to_parquet(tmp_path / "cells.parquet", full.rows(), full.plan)
     found = pq.read_table(tmp_path / "cells.parquet")
     types = {field.name: str(field.type) for field in found.schema}
     assert {types[name] for name in ("accuracy", "clean", "removed_share")} == {"double"}
@@ -417,13 +488,13 @@ def test_parquet_has_typed_columns(full, tmp_path):
     assert found.column_names == full.render("csv").partition("\n")[0].split(",")
     assert found.num_rows == 60
     with pytest.raises(DataError, match="name another file"):
-        tables.to_parquet(tmp_path / "no" / "cells.parquet", full.plan, full.graph, full.store)
+        export.to_parquet(tmp_path / "no" / "cells.parquet", full.rows(), full.plan)
 
 
 def test_parquet_needs_pyarrow(full, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MethodError, match=r"needs pyarrow; run: pip install secateur\[parquet\]"):
-        tables.to_parquet(tmp_path / "cells.parquet", full.plan, full.graph, full.store)
+        export.to_parquet(tmp_path / "cells.parquet", full.rows(), full.plan)
 
 
 def test_tables_need_nothing_heavy():

@@ -14,6 +14,7 @@ from .plan import Plan
 from .stats import Block, Summary
 from .tables import (
     ATTACK,
+    REPAIRED,
     VISIBILITY,
     Config,
     Count,
@@ -64,7 +65,7 @@ def render(rows: Sequence[Row], plan: Plan, *, markdown: bool, with_cost: bool =
     if plan.studies_attacks:
         sections = [_victims(rows, groups, plan)]
     else:
-        sections = [_main(groups, plan), _attacks(groups, plan), _control(groups, plan), _flagged(rows, plan)]
+        sections = [_main(groups, plan), _attacks(rows, plan), _control(groups, plan), _flagged(rows, plan)]
         sections += [_ranks(rows, plan), _paired(rows, plan)]
     sections += [*([_cost(rows)] if with_cost else []), _failed(rows), _skipped(rows), _halved(rows)]
     single = _single(plan)
@@ -182,18 +183,29 @@ def _legend(plan: Plan) -> str:
     return f"Percent: {mean}{within}; the worst ASR over the seeds in round brackets."
 
 
-def _attacks(groups: Sequence[Group], plan: Plan) -> Section:
+def _attacks(rows: Sequence[Row], plan: Plan) -> Section:
     table = []
-    for row in over_attacks(groups, plan):
+    for row in over_attacks(rows, plan):
         star = "*" if row.count.failed else ""
         cells = [*_named(row.defence), f"{row.attacks} of {row.planned}", f"{row.count.done} of {row.count.total}{star}"]
         for metric in plan.metrics:
             known = metric in row.mean
             cells.append(f"{_pc(row.mean[metric])}{star}" if known else _empty(row.count))
             cells.append(f"{_pc(row.worst[metric])} ({row.worst_attack[metric]}){star}" if known else NOTHING)
+        cells.append(NOTHING if row.repaired is None else f"{row.repaired} of {row.attacks}{star}")
+        if row.lost is None:
+            cells += [NOTHING, NOTHING]
+        else:
+            mean, most, attack = row.lost
+            cells += [f"{_pc(mean)}{star}", f"{_pc(most)} ({attack}){star}"]
         table.append(cells)
     head = [*DEFENCE, "attacks", "cells", *(f"{what} {NAMES[metric]}" for metric in plan.metrics for what in ("mean", "worst"))]
-    return Section("Over attacks", head, table, ["Percent; mean of the attacks' means, and the worst of their cells."])
+    above = [
+        "Percent; mean of the attacks' means, and the worst of their cells.",
+        f"repaired: attacks whose ASR ends within {100 * REPAIRED:.0f} points of the benign network's own.",
+        "lost: points of accuracy against the same networks unrepaired, mean of the attacks and the most.",
+    ]
+    return Section("Over attacks", [*head, "repaired", "lost", "most lost"], table, above)
 
 
 def _control(groups: Sequence[Group], plan: Plan) -> Section:

@@ -6,29 +6,24 @@ Whatever is averaged carries the counts of the cells it stands for. Rates lie in
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from ..errors import DataError, MethodError, check_choice
+from ..errors import check_choice
 from ..report.wording import plain
 from . import stats
-from .nodes import COLUMNS, Cell, Graph
+from .nodes import Cell, Graph
 from .plan import NONE, RETUNED, Plan, Reported
 from .store import Store, find_result
 
 State = Literal["done", "failed", "skipped", "todo"]
-FORMATS = ("text", "csv", "json", "md")
 ATTACK = "attack_success"
 RANKED = (ATTACK, "accuracy")
 LOWER = frozenset({ATTACK, RETUNED})  # metrics of which less is better
 BASELINE = "fine-tuning"
+REPAIRED = 0.1  # attack success above the benign network's own rate that still counts as repaired
 VISIBILITY = ("l2", "linf", "ssim")
-FLOAT = "{:.4f}"
 
 
 class Defence(NamedTuple):
@@ -146,6 +141,9 @@ class OverAttacks:
         mean: Metric -> mean of the attacks' means.
         worst: Metric -> worst cell of all.
         worst_attack: Metric -> the attack of that cell.
+        repaired: Attacks whose success ends within `REPAIRED` of the benign network's own rate; None where that is not known.
+        lost: Accuracy lost against the same victims unrepaired: the mean over attacks, the worst of them, and which that is;
+            None without a repair.
     """
 
     defence: Defence
@@ -155,6 +153,8 @@ class OverAttacks:
     mean: Mapping[str, float]
     worst: Mapping[str, float]
     worst_attack: Mapping[str, str]
+    repaired: int | None = None
+    lost: tuple[float, float, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -215,14 +215,26 @@ def aggregate(rows: Iterable[Row], plan: Plan) -> list[Group]:
     return [_group(config, found, plan) for config, found in _by_config(rows).items()]
 
 
-def over_attacks(groups: Iterable[Group], plan: Plan) -> list[OverAttacks]:
+def over_attacks(rows: Iterable[Row], plan: Plan) -> list[OverAttacks]:
     """Return every defence over all attacks; nothing for a plan of fewer than two."""
-    attacks = attack_labels(plan)
+    rows, attacks = list(rows), attack_labels(plan)
+    if len(attacks) < 2:
+        return []
+    groups = aggregate(rows, plan)
+    own = {
+        (group.config.model, group.config.trigger): group.stats[ATTACK].summary.mean
+        for group in groups
+        if group.config.backdoor not in attacks and group.config.repair == NONE and ATTACK in group.stats
+    }
+    lost: dict[Defence, dict[str, float]] = {}
+    for each in differences(rows, plan, NONE):
+        if each.metric == "accuracy" and each.value is not None:
+            lost.setdefault(each.config.defence, {})[each.config.backdoor] = -each.value.mean
     defences: dict[Defence, list[Group]] = {}
     for group in groups:
         if group.config.backdoor in attacks:
             defences.setdefault(group.config.defence, []).append(group)
-    return [_over(key, found, plan) for key, found in defences.items()] if len(attacks) > 1 else []
+    return [_over(key, found, plan, own, lost.get(key, {})) for key, found in defences.items()]
 
 
 def rankings(rows: Iterable[Row], plan: Plan) -> list[Ranking]:
@@ -274,53 +286,6 @@ def count(rows: Iterable[Row]) -> Count:
     states = [row.state for row in rows]
     done, todo = states.count("done"), states.count("todo")
     return Count(done, len(states) - done - todo, todo)
-
-
-def render(plan: Plan, graph: Graph, store: Store, format: str, *, with_cost: bool = False) -> str:
-    """Return a plan's table in one of `FORMATS`: CSV has a line per cell, the others what they add up to as well.
-
-    Args:
-        plan: The plan.
-        graph: Its nodes.
-        store: Where their results are.
-        format: One of `FORMATS`.
-        with_cost: Also seconds and hosts, which differ from run to run.
-
-    Raises:
-        MethodError: There is no such format.
-        DataError: A result cannot be read.
-    """
-    check_choice("format", format, FORMATS)
-    found = rows(graph, store)
-    if format == "csv":
-        return _csv(found, plan, with_cost)
-    if format == "json":
-        return _json(found, plan, with_cost)
-    from . import layout
-
-    return layout.render(found, plan, markdown=format == "md", with_cost=with_cost)
-
-
-def to_parquet(path: str | Path, plan: Plan, graph: Graph, store: Store, *, with_cost: bool = False) -> None:
-    """Write the cells as Parquet, with the columns and the order of the CSV.
-
-    Raises:
-        MethodError: pyarrow is missing.
-        DataError: A result cannot be read, or the file cannot be written.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise MethodError("writing Parquet needs pyarrow; run: pip install secateur[parquet]") from None
-    types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64()}
-    columns = _columns(plan, with_cost)
-    schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
-    records = [_record(row, columns) for row in sorted(rows(graph, store), key=_order)]
-    try:
-        pq.write_table(pyarrow.Table.from_pylist(records, schema=schema), str(path))
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}; name another file") from None
 
 
 class _Reader:
@@ -397,7 +362,9 @@ def _worst(metric: str, values: Iterable[float]) -> float:
     return max(values) if metric in LOWER else min(values)
 
 
-def _over(key: Defence, groups: Sequence[Group], plan: Plan) -> OverAttacks:
+def _over(
+    key: Defence, groups: Sequence[Group], plan: Plan, own: Mapping[tuple[str, str], float], lost: Mapping[str, float]
+) -> OverAttacks:
     mean, worst, attack = {}, {}, {}
     for metric in plan.metrics:
         known = {group.config.backdoor: group.stats[metric] for group in groups if metric in group.stats}
@@ -407,7 +374,15 @@ def _over(key: Defence, groups: Sequence[Group], plan: Plan) -> OverAttacks:
             attack[metric] = next(label for label, stat in known.items() if stat.worst == worst[metric])
     counts = [group.count for group in groups]
     total = Count(sum(c.done for c in counts), sum(c.failed for c in counts), sum(c.todo for c in counts))
-    return OverAttacks(key, total, sum(c.done > 0 for c in counts), len(groups), mean, worst, attack)
+    above = [
+        group.stats[ATTACK].summary.mean - own[key.model, group.config.trigger]
+        for group in groups
+        if ATTACK in group.stats and (key.model, group.config.trigger) in own
+    ]
+    repaired = sum(each <= REPAIRED for each in above) if above else None
+    most = max(lost, key=lambda attack: lost[attack], default="")
+    loss = (sum(lost.values()) / len(lost), lost[most], most) if lost else None
+    return OverAttacks(key, total, sum(c.done > 0 for c in counts), len(groups), mean, worst, attack, repaired, loss)
 
 
 def _ranking(metric: str, blocks: Sequence[Sequence[Row]], repairs: Sequence[str]) -> Ranking:
@@ -437,79 +412,3 @@ def _difference(
     right = {block: y.rates[metric]["value"] for block, (_, y) in done.items()}
     failed = sum(any(row.state in ("failed", "skipped") for row in pair) for pair in both.values())
     return Difference(config, baseline, metric, stats.paired(left, right) if done else None, len(both), failed)
-
-
-def _columns(plan: Plan, with_cost: bool) -> dict[str, type]:
-    """Return the columns of the CSV and what they hold."""
-    columns: dict[str, type] = dict.fromkeys(COLUMNS, str)
-    columns |= {"clean": float, "victim_seed": int, "repair_seed": int, "state": str}
-    for metric in plan.metrics:
-        columns |= {metric: float, f"{metric}_low": float, f"{metric}_high": float, f"{metric}_n": int}
-    if plan.studies_attacks:
-        columns |= dict.fromkeys(VISIBILITY, float)
-    columns |= {
-        "removed_share": float,
-        "flagged": int,
-        "parameters": int,
-        "nonzero": int,
-        "macs": int,
-        "note": str,
-        "error": str,
-    }
-    return columns | ({"seconds": float, "host": str} if with_cost else {})
-
-
-def _record(row: Row, columns: Iterable[str]) -> dict[str, Any]:
-    values = {**vars(row.cell), **vars(row), **row.visibility}
-    for metric, rate in row.rates.items():
-        values |= {metric: rate["value"], **{f"{metric}_{part}": rate[part] for part in ("low", "high", "n")}}
-    return {name: values.get(name) for name in columns}
-
-
-def _order(row: Row) -> list[tuple[bool, Any]]:
-    values = [getattr(row.cell, name) for name in COLUMNS]
-    return [(value is not None, value) for value in values]  # False < True, so None comes first and is never compared
-
-
-def _csv(rows: Iterable[Row], plan: Plan, with_cost: bool) -> str:
-    columns = _columns(plan, with_cost)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in sorted(rows, key=_order):
-        writer.writerow([_plain(name, columns[name], value) for name, value in _record(row, columns).items()])
-    return text.getvalue()
-
-
-def _plain(column: str, kind: type, value: Any) -> str:
-    if value is None:
-        return ""
-    if kind is float:
-        return f"{value:.10g}" if column == "clean" else FLOAT.format(value)
-    return plain(str(value))
-
-
-def _json(rows: Sequence[Row], plan: Plan, with_cost: bool) -> str:
-    groups = aggregate(rows, plan)
-    document = {
-        "schema_version": 1,
-        "kind": "bench",
-        "plan": plan.name,
-        "cells": [_cell_json(row, plan, with_cost) for row in rows],
-        "groups": [_flat(group, group.config) for group in groups],
-        "attacks": [_flat(row, row.defence) for row in over_attacks(groups, plan)],
-        "ranks": [asdict(ranking) for ranking in rankings(rows, plan)],
-        "paired": [_flat(row, row.config) for row in differences(rows, plan)],
-    }
-    return json.dumps(document, allow_nan=False) + "\n"
-
-
-def _cell_json(row: Row, plan: Plan, with_cost: bool) -> dict[str, Any]:
-    values = {**vars(row.cell), **vars(row)}
-    names = [*COLUMNS, "state", "error", "parameters", "nonzero", "macs", "removed_share", "flagged", "note"]
-    kept = {name: values[name] for name in (*names, *(("seconds", "host") if with_cost else ()))}
-    return {**kept, "rates": {metric: row.rates.get(metric) for metric in plan.metrics}}
-
-
-def _flat(item: Group | OverAttacks | Difference, columns: Config | Defence) -> dict[str, Any]:
-    return {**columns._asdict(), **{name: value for name, value in asdict(item).items() if name not in ("config", "defence")}}

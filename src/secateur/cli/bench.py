@@ -124,8 +124,9 @@ def report(
     format: Format | None = None,
     output: Output = None,
     with_cost: Flag = False,
+    cells: Path | None = None,
 ) -> int:
-    """Print a plan's table from what is in the store.
+    """Print a plan's table from what is in the store, or in an earlier CSV.
 
     Args:
         plan: A TOML file.
@@ -135,23 +136,36 @@ def report(
             the name of the output, else text).
         output: File to write to.
         with_cost: Also seconds and hosts, which differ from run to run.
+        cells: A CSV of an earlier report, to be read in place of a store.
     """
-    from ..bench import tables
+    from ..bench import export
+    from ..bench.nodes import expand
+    from ..bench.plan import read_plan
     from ..bench.provenance import provenance
+    from ..bench.tables import rows
 
     chosen = format or _format_of(output)
     if chosen == "parquet" and output is None:
         raise MethodError("parquet is not for the terminal; name a file with --output")
-    read, graph, where = _open(plan, store, data)
-    where.check()
+    if chosen == "provenance" and cells is not None:
+        raise MethodError("provenance stands in the store alone; leave out --cells")
+    if cells is None:
+        read, graph, where = _open(plan, store, data)
+        where.check()
+        if chosen == "provenance":
+            return _write(provenance(read.name, graph, where), output)
+        found = rows(graph, where)
+    else:
+        read = read_plan(plan)
+        found = export.read_csv(cells, read, expand(read, digest=str))
     if chosen == "parquet":
         assert output is not None
-        tables.to_parquet(output, read, graph, where, with_cost=with_cost)
+        export.to_parquet(output, found, read, with_cost=with_cost)
         return 0
-    if chosen == "provenance":
-        text = provenance(read.name, graph, where)
-    else:
-        text = tables.render(read, graph, where, chosen, with_cost=with_cost)
+    return _write(export.render(found, read, chosen, with_cost=with_cost), output)
+
+
+def _write(text: str, output: Path | None) -> int:
     if output is None:
         out(text)
         return 0
