@@ -1,16 +1,22 @@
-"""Context managers that leave a network and the random state as they found them.
+"""What keeps state: of a network and of the random generators, put back as it was found; of a long run, to go on after a kill.
 
-Every method runs inside these, so that the model that comes in goes out with the same flags per submodule.
+Every method runs inside the context managers, so that the model that comes in goes out with the same flags per submodule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import pickle
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+
+from .errors import ModelError
 
 _SCALE: ContextVar[float] = ContextVar("scale of batch sizes", default=1.0)
 
@@ -78,3 +84,35 @@ def batch_size(wanted: int) -> int:
 def generator(seed: int) -> torch.Generator:
     """Return a CPU generator at ``seed``."""
     return torch.Generator().manual_seed(seed)
+
+
+def save_progress(path: Path, state: Mapping[str, Any], fingerprint: str) -> None:
+    """Write how far a run is, whole or not at all.
+
+    Args:
+        path: File to write, in a folder that is made if need be.
+        state: Tensors, numbers, texts, lists and dicts.
+        fingerprint: Of the run: everything its result depends on.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    torch.save({**state, "fingerprint": fingerprint}, temporary)
+    temporary.replace(path)
+
+
+def load_progress(path: Path, fingerprint: str) -> dict[str, Any]:
+    """Return what `save_progress` wrote.
+
+    Raises:
+        ModelError: That is not there, damaged, or of another run.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        known = state["fingerprint"]
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ModelError(f"cannot resume from '{path}': it is not a training checkpoint; delete it to start anew") from error
+    if known != fingerprint:
+        raise ModelError(
+            f"cannot resume from '{path}': it belongs to another recipe, data set, attack or seed; delete it to start anew"
+        )
+    return state

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import pickle
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -24,7 +22,7 @@ from .data import augment
 from .errors import DataError, MethodError, ModelError
 from .models import core
 from .recipe import Recipe
-from .state import batch_size, seeded
+from .state import batch_size, load_progress, save_progress, seeded
 from .types import ImageSet, to_float
 
 BatchHook = Callable[[Tensor, Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
@@ -47,7 +45,6 @@ class _Run:
 
     def save(self, path: Path) -> None:
         state = {
-            "fingerprint": self.fingerprint,
             "epoch": self.epoch,
             "loss": self.loss,
             "model": self.model.state_dict(),
@@ -55,23 +52,10 @@ class _Run:
             "generator": self.generator.get_state(),
             "hook": self.hook.state_dict() if self.hook else {},
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        save_progress(path, state, self.fingerprint)
 
     def resume(self, path: Path) -> None:
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            known = state["fingerprint"]
-        except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise ModelError(
-                f"cannot resume from '{path}': it is not a training checkpoint; delete it to start anew"
-            ) from error
-        if known != self.fingerprint:
-            raise ModelError(
-                f"cannot resume from '{path}': it belongs to another recipe, data set, attack or seed; delete it to start anew"
-            )
+        state = load_progress(path, self.fingerprint)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])

@@ -86,25 +86,38 @@ def test_a_cut_takes_a_channel_at_all_sites_of_its_stream():
     }
 
 
+class Peak:
+    """A board on which three neurons less are worth most."""
+
+    drop, edit = 1.0, "weight"
+
+    def __init__(self, model):
+        self.layers = layers(model, (1, 12, 12))
+        self.neurons = sum(layer.size for layer in self.layers)
+
+    def worth(self, mask, cut):
+        return -abs(round(cut * self.neurons) - 3)
+
+
 def test_of_the_affordable_cuts_the_one_of_the_highest_value_is_taken(victim, monkeypatch):
-    """Along the ranking: the value peaks at three neurons."""
-
-    class Board:
-        layers, drop, edit = layers(victim.model, (1, 12, 12)), 1.0, "weight"
-        neurons = sum(layer.size for layer in layers)
-
-        def worth(self, mask, cut):
-            return -abs(round(cut * self.neurons) - 3)
-
-    board = Board()
+    board = Peak(victim.model)
     chances = list(torch.rand(board.neurons, generator=generator(1)).split([layer.size for layer in board.layers]))
-    _, mask, _ = choose(victim.model, make_images(40, 9), board, chances)  # type: ignore[arg-type]
+    _, mask, _ = choose(victim.model, make_images(40, 9), board, chances, generator=generator(0))  # type: ignore[arg-type]
     order = torch.cat(chances).argsort(descending=True)
     keeps = (order.argsort() >= 3).split([layer.size for layer in board.layers])
     wanted = mask_of(victim.model, board.layers, keeps, "weight")
     assert {name: keep.tolist() for name, keep in mask.keep.items()} == {
         name: keep.tolist() for name, keep in wanted.keep.items()
     }
+
+
+def test_neurons_that_are_as_likely_as_each_other_come_in_random_order(victim):
+    board = Peak(victim.model)
+    chances = [torch.full((layer.size,), 0.05) for layer in board.layers]
+    images = make_images(40, 9)
+    masks = [choose(victim.model, images, board, chances, generator=generator(seed))[1] for seed in (0, 0, 1)]  # type: ignore[arg-type]
+    said = [sorted((name, keep.tolist()) for name, keep in mask.keep.items()) for mask in masks]
+    assert said[0] == said[1] != said[2]
 
 
 @pytest.mark.parametrize(("text", "names"), [("none", ()), ("noise", ("noise",)), ("trigger+noise", ("trigger", "noise"))])

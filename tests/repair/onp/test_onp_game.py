@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import gymnasium
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 from conftest import make_images
-from secateur.errors import MethodError
+from secateur.errors import MethodError, ModelError
 from secateur.prune.mask import apply_mask
 from secateur.repair.onp import signs
 from secateur.repair.onp.env import CONTEXT, Pruning
@@ -102,11 +104,13 @@ def shown_by(env):
     return found
 
 
-def test_a_policy_starts_shy_and_sees_neighbours_unless_told_not_to(env):
-    shown = shown_by(env)
+def test_a_policy_starts_shy_and_sees_neighbours_where_there_are_any(env):
     for graph in (True, False):
+        shown = shown_by(env)
+        if not graph:
+            shown = [each._replace(edges=each.edges[:0], edge_links=each.edge_links[:0]) for each in shown]
         torch.manual_seed(0)
-        policy = Policy(graph=graph)
+        policy = Policy()
         logits, values = policy(together(shown))
         assert logits.tolist() == pytest.approx([SHY] * len(logits))
         assert values.shape == (len(shown),)
@@ -170,6 +174,29 @@ def test_lost_accuracy_becomes_dearer_while_it_is_lost(victim):
     env.drop, env.multiplier = 1.0, 3.0
     train(Learner(policy, lr=1e-9), [env], games=2, at_once=1, generator=generator(0))
     assert env.multiplier == 0
+
+
+def test_learning_goes_on_where_it_was_killed(victim, tmp_path):
+    def start():
+        env = board(victim, drop=0.05)
+        torch.manual_seed(0)
+        return env, Learner(Policy(width=8), lr=0.01), generator(0)
+
+    env, whole, random = start()
+    history = train(whole, [env], games=24, generator=random)
+    env, learner, random = start()
+    train(learner, [env], games=8, progress=tmp_path / "run" / "progress", generator=random)
+    env, learner, random = start()
+    told = []
+    again = partial(train, learner, [env], progress=tmp_path / "run" / "progress", generator=random)
+    assert again(games=24, on_update=lambda done, _: told.append(done)) == history
+    assert told == [16, 24]
+    assert env.evaluations == history[-1]["evaluations"]
+    for name, value in whole.policy.state_dict().items():
+        assert torch.equal(learner.policy.state_dict()[name], value)
+    with pytest.raises(ModelError, match=r"^cannot resume .* delete it to start anew$"):
+        again(games=24)  # from where the generator is now
+    assert len(list((tmp_path / "run").iterdir())) == 1
 
 
 def test_one_move_alone_can_be_learned_from(env):

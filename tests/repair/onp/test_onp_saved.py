@@ -18,14 +18,14 @@ from secateur.state import generator
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    save_policy(Policy(width=8, graph=False), tmp_path / "p")
+    save_policy(Policy(width=8), tmp_path / "p")
     return tmp_path / "p"
 
 
 def test_what_is_saved_comes_back(folder):
     torch.manual_seed(0)
-    made, found = Policy(width=8, graph=False), load_policy(folder)
-    assert (found.width, found.graph) == (8, False)
+    made, found = Policy(width=8), load_policy(folder)
+    assert found.width == 8
     for name, value in made.state_dict().items():
         assert torch.equal(found.state_dict()[name], value)
     assert all(parameter.requires_grad for parameter in found.parameters())
@@ -46,7 +46,6 @@ def test_a_policy_that_cuts_nothing_is_used_as_it_is(victim, folder):
         ({"width": 0}, "a width of 1 to 4096"),
         ({"width": "8"}, "a width of 1 to 4096"),
         ({"width": 10**9}, "a width of 1 to 4096"),
-        ({"graph": 1}, "a width of 1 to 4096"),
         ({"width": 16}, "must have shape"),
     ],
 )

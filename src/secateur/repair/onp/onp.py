@@ -66,13 +66,13 @@ def onp(
         proxies: What shows a backdoor, joined by ``+``: inverted ``trigger``s, an ``unlearned`` copy, neuron ``noise``; or
             ``none``.
         policy: Folder of a policy to start from (see `secateur.repair.onp.saved`); without one it starts anew.
-        games: To learn from, >= 0; with a policy, 0 uses it as it is.
+        games: To learn from, >= 0. With 0 a policy is used as it is; without one the ranking is random.
         images: Clean images that moves are judged on, >= 1.
         drop: Clean accuracy that the cut may cost, in [0, 1].
         price: Of cutting all neurons, >= 0, where the signs are worth at most 1.
         lr: Learning rate of the policy, > 0.
         width: Of a new policy, >= 1.
-        degree: Neighbours that each neuron chooses, >= 0.
+        degree: Neighbours that each neuron chooses, >= 0; 0 looks at each neuron alone.
         residual: Whether the channels of a residual stream go ``tied`` or ``apart``.
         edit: Set the ``weight`` of a cut neuron to 0, or ``weight+bias``.
         precision: Of the inversion.
@@ -115,7 +115,7 @@ def onp(
         learner = Learner(start or Policy(width=width), lr=lr)
     watch = None if on_step is None else lambda done, _: on_step(done, games)
     history = train(learner, [env], games=games, on_update=watch, generator=generator)
-    path, mask, chosen_notes = choose(model, judged, env, chances(env, learner.policy))
+    path, mask, chosen_notes = choose(model, judged, env, chances(env, learner.policy), generator=generator)
     log = {"evaluations": float(env.evaluations)}
     for when, update in (("first", history[:1]), ("last", history[-1:])):
         log |= {f"{when}_{name}": value for each in update for name, value in each.items() if name != "evaluations"}
@@ -157,10 +157,15 @@ def seek(
 
 
 def choose(
-    model: nn.Module, judged: ImageSet, env: Pruning, chances: Sequence[Tensor]
+    model: nn.Module, judged: ImageSet, env: Pruning, chances: Sequence[Tensor], *, generator: torch.Generator
 ) -> tuple[tuple[Candidate, ...], HardMask, tuple[str, ...]]:
-    """Follow the ranking until accuracy on held-out images falls by more than allowed; take the cut of the highest value."""
-    order = torch.cat(list(chances)).argsort(descending=True)
+    """Follow the ranking until accuracy on held-out images falls by more than allowed; take the cut of the highest value.
+
+    Neurons that are as likely as each other to be cut are drawn in random order.
+    """
+    likely = torch.cat(list(chances))
+    drawn = torch.randperm(len(likely), generator=generator)
+    order = drawn[likely[drawn].argsort(descending=True, stable=True)]
     sizes = [layer.size for layer in env.layers]
     cuts = {}
     for count in growing(len(order) // 2):

@@ -34,12 +34,12 @@ class Graphs(NamedTuple):
 class Policy(nn.Module):
     """Two graph convolutions (GraphSAGE, arXiv:1706.02216) over a layer, one head for its nodes and one for the game.
 
-    Without ``graph`` the edges are left out: each neuron is then looked at alone.
+    In a layer without edges each neuron is looked at alone: a multilayer perceptron.
     """
 
-    def __init__(self, *, width: int = 32, graph: bool = True) -> None:
+    def __init__(self, *, width: int = 32) -> None:
         super().__init__()
-        self.width, self.graph = width, graph
+        self.width = width
         self.enter = nn.Linear(len(NAMES) + len(CONTEXT), width)
         self.mix = nn.ModuleList([SAGEConv(width, width), SAGEConv(width, width)])
         self.act = nn.Linear(width, 1)
@@ -50,9 +50,8 @@ class Policy(nn.Module):
     def forward(self, shown: Graphs) -> tuple[Tensor, Tensor]:
         """Return the log-odds of a cut for each node, ``(nodes,)``, and the value of each graph, ``(graphs,)``."""
         x = torch.tanh(self.enter(shown.x))
-        edges = shown.edges if self.graph else shown.edges[:, :0]
         for layer in self.mix:
-            x = x + F.relu(layer(x, edges))
+            x = x + F.relu(layer(x, shown.edges))
         pooled = torch.cat([global_mean_pool(x, shown.of), global_max_pool(x, shown.of)], dim=1)
         return self.act(x).squeeze(1), self.judge(pooled).squeeze(1)
 

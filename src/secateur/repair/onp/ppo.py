@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...state import load_progress, save_progress
 from .env import Pruning
 from .policy import Policy, together
 
@@ -113,6 +116,7 @@ def train(
     games: int,
     at_once: int = 8,
     on_update: Callable[[int, dict[str, float]], None] | None = None,
+    progress: Path | None = None,
     generator: torch.Generator,
 ) -> list[dict[str, float]]:
     """Play so many games, on the boards in turn, and learn after every ``at_once``.
@@ -120,11 +124,26 @@ def train(
     After each update the price of lost accuracy on each board rises with what its games lost beyond the tolerance, and falls
     with what they left of it.
 
+    Args:
+        learner: Learns, in place.
+        envs: The boards.
+        games: How many.
+        at_once: Games to an update.
+        on_update: Called after each with the games so far, and its entry of what is returned.
+        progress: Where to write how far this is after each update; an existing file of the same run is resumed.
+        generator: Source of all randomness.
+
     Returns:
         For each update the games so far, the evaluations, and the means of reward, rise, sign and share cut at the end.
+
+    Raises:
+        ModelError: ``progress`` is of another run.
     """
     history: list[dict[str, float]] = []
-    for first in range(0, games, at_once):
+    run = _fingerprint(learner, envs, at_once, generator) if progress is not None else ""
+    if progress is not None and progress.exists():
+        history = _resume(load_progress(progress, run), learner, envs, generator)
+    for first in range(int(history[-1]["games"]) if history else 0, games, at_once):
         played, ends = [], []
         for number in range(first, min(games, first + at_once)):
             env = envs[number % len(envs)]
@@ -144,6 +163,36 @@ def train(
                 "cut": sum(standing.cut for _, standing in ends) / count,
             }
         )
+        if progress is not None:
+            state = {
+                "policy": learner.policy.state_dict(),
+                "optimizer": learner.optimizer.state_dict(),
+                "boards": [(env.multiplier, env.evaluations) for env in envs],
+                "generator": generator.get_state(),
+                "history": history,
+            }
+            save_progress(progress, state, run)
         if on_update is not None:
             on_update(first + count, history[-1])
     return history
+
+
+def _resume(
+    state: dict[str, Any], learner: Learner, envs: Sequence[Pruning], generator: torch.Generator
+) -> list[dict[str, float]]:
+    learner.policy.load_state_dict(state["policy"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    generator.set_state(state["generator"])
+    for env, (multiplier, evaluations) in zip(envs, state["boards"], strict=True):
+        env.multiplier, env.evaluations = multiplier, evaluations
+    return state["history"]
+
+
+def _fingerprint(learner: Learner, envs: Sequence[Pruning], at_once: int, generator: torch.Generator) -> str:
+    """Return a text that another start, other boards or another seed would change."""
+    boards = [(env.drop, env.price, env.edit, [sign.name for sign in env.signs], env.standing) for env in envs]
+    digest = hashlib.sha256(repr((learner.lr, at_once, boards)).encode())
+    digest.update(generator.get_state().numpy().tobytes())
+    for tensor in (*learner.policy.state_dict().values(), *(nodes for env in envs for nodes in env.nodes)):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

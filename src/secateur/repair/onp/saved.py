@@ -22,7 +22,7 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
     """Write a policy into ``folder``, made if need be, replacing one that is there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"format": FORMAT, "width": policy.width, "graph": policy.graph, "nodes": NAMES, "game": CONTEXT}
+    record = {"format": FORMAT, "width": policy.width, "nodes": NAMES, "game": CONTEXT}
     (folder / "policy.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     state = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
     (folder / "policy.safetensors").write_bytes(safetensors.torch.save(state))
@@ -42,9 +42,9 @@ def load_policy(folder: str | Path) -> Policy:
     wanted = {"format": FORMAT, "nodes": list(NAMES), "game": list(CONTEXT)}
     if not isinstance(record, dict) or {name: record.get(name) for name in wanted} != wanted:
         raise ModelError(f"the policy in {folder} looks at other features than this version of secateur; train it anew")
-    width, graph = record.get("width"), record.get("graph")
-    if not isinstance(width, int) or not 1 <= width <= WIDEST or not isinstance(graph, bool):
-        raise ModelError(f"the policy in {folder} must have a width of 1 to {WIDEST} and say whether it sees the graph")
-    policy = Policy(width=width, graph=graph)
+    width = record.get("width")
+    if not isinstance(width, int) or not 1 <= width <= WIDEST:
+        raise ModelError(f"the policy in {folder} must have a width of 1 to {WIDEST}")
+    policy = Policy(width=width)
     assign(policy, read_safetensors(folder / "policy.safetensors"), f"the policy in {folder}")
     return policy.requires_grad_(True)
