@@ -22,7 +22,7 @@ Visibility = Literal["visible", "faint", "invisible"]
 Kind = Literal["backdoor", "evasion", "detector", "score", "repair", "compressor"]
 KINDS: tuple[Kind, ...] = ("backdoor", "evasion", "detector", "score", "repair", "compressor")
 ENTRY_POINTS = "secateur.methods"
-NOT_SETTINGS = frozenset({"generator", "on_step", "granularity", "suspect"})
+NOT_SETTINGS = frozenset({"generator", "on_step", "on_note", "granularity", "suspect"})
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from .types import ImageSet, to_float
 BatchHook = Callable[[Tensor, Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
 Penalty = Callable[[nn.Module, Tensor, Tensor], Tensor]
 OnStep = Callable[[int, int], None]
+OnNote = Callable[[str], None]
 OnEpoch = Callable[[int, float, nn.Module], None]
 
 

@@ -115,10 +115,14 @@ def test_nothing_more_is_tried_once_a_candidate_is_clear(victim, monkeypatch, re
 )
 def test_clear_is_what_shows_neither_sign_and_is_not_too_dear(inverted, noise, lost, over):
     contest = module._Contest(
-        nn.Identity(), lambda name, made: Tried(name, made, wilson(9, 10), lost, 0.0, inverted, noise), 0.02
+        nn.Identity(),
+        lambda name, made: Tried(name, made, wilson(9, 10), lost, 0.0, inverted, noise),
+        0.02,
+        (told := []).append,
     )
     contest.enter("a", lambda: Repaired(nn.Identity(), None))
     assert contest.over == over
+    assert len(told) == 1
 
 
 def test_the_judge_draws_the_same_for_each_candidate(victim):
@@ -156,9 +160,11 @@ def test_a_mask_that_does_not_apply_is_named(victim, monkeypatch):
 
     monkeypatch.setattr(module, "bnp", refuse)
     only(monkeypatch, "clp", "bnp")
-    result = QUICK(victim.model, make_images(60, 9), steps=4, epochs=1, generator=generator(0))
+    told = []
+    result = QUICK(victim.model, make_images(60, 9), steps=4, epochs=1, on_note=told.append, generator=generator(0))
     assert "bnp was not possible: bnp needs batch-norms" in result.notes
     assert not any(note.startswith("tried bnp") for note in result.notes)
+    assert sorted(told) == sorted(note for note in result.notes if not note.startswith("chosen"))
 
 
 def test_what_the_chosen_mask_cuts_stays_cut(victim, monkeypatch):

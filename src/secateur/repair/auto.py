@@ -22,7 +22,7 @@ from ..measure import correct, wilson
 from ..prune.mask import hard, removed
 from ..recipe import Recipe
 from ..state import generator as seeded_generator
-from ..train import OnStep
+from ..train import OnNote, OnStep
 from ..types import ImageSet, Rate, Repaired
 from .anp import anp
 from .bnp import bnp
@@ -98,6 +98,7 @@ def auto(
     unflagged: Literal["heal", "leave"] = "heal",
     precision: Precision = "float32",
     on_step: OnStep | None = None,
+    on_note: OnNote | None = None,
     generator: torch.Generator,
 ) -> Repaired:
     """Look for a backdoor, try masks and healing, return the candidate that evidence without a trigger is best for.
@@ -126,6 +127,7 @@ def auto(
             does not see, or ``leave`` the network as it is.
         precision: Of the inversion; ``bfloat16`` is faster on processors that have it.
         on_step: Progress of the healing, were all of it needed.
+        on_note: Told what inversion found, and of each candidate how it was judged.
         generator: Source of all randomness.
 
     Raises:
@@ -139,12 +141,15 @@ def auto(
     fitted, judged = holdout(clean, HELD_OUT, generator=generator)
     _check_images(clean, judged)
     evidence = examine(model, fitted, steps=steps, precision=precision, generator=generator)
+    tell = on_note or (lambda said: None)
+    for note in evidence.notes:
+        tell(note)
     untouched = Repaired(deepcopy(model).eval(), None)
     if unflagged == "leave" and not evidence.flagged:
         return Repaired(untouched.model, None, log=evidence.log, notes=evidence.notes)
     judge = _Judge(model, fitted, judged, evidence, steps, precision, generator)
     heal = _Healer(model, fitted, evidence, epochs, precision, on_step, generator)
-    contest = _Contest(model, judge, drop)
+    contest = _Contest(model, judge, drop, tell)
     contest.enter("as it is", lambda: untouched)
     for name, make, soften in _attempts(model, fitted, heal, drop, iterations, lr, generator):
         contest.enter(name, make, soften=soften)
@@ -194,8 +199,8 @@ def _best(tried: Sequence[Tried], drop: float) -> Tried:
 class _Contest:
     """The candidates that were tried, until one is clear, and what was not possible."""
 
-    def __init__(self, model: nn.Module, judge: _Judge, drop: float) -> None:
-        self.model, self.judge, self.drop = model, judge, drop
+    def __init__(self, model: nn.Module, judge: _Judge, drop: float, tell: OnNote) -> None:
+        self.model, self.judge, self.drop, self.tell = model, judge, drop, tell
         self.tried: list[Tried] = []
         self.failed: list[str] = []
 
@@ -216,16 +221,24 @@ class _Contest:
         try:
             repaired = make()
         except (MethodError, ModelError) as error:
-            self.failed.append(f"{name} was not possible: {error}")
+            self._failed(f"{name} was not possible: {error}")
             return
         mask = hard(repaired.mask)
         if mask is not None and not sum(removed(mask).values()):
-            self.failed.append(f"{name} cut nothing")
+            self._failed(f"{name} cut nothing")
             return
-        self.tried.append(self.judge(name, repaired))
+        self._judge(name, repaired)
         for share in SOFTENED if soften else ():
             part = Repaired(between(self.model, repaired.model, share), None, log=repaired.log, notes=repaired.notes)
-            self.tried.append(self.judge(f"{name}, {100 * share:.0f} % of the way", part))
+            self._judge(f"{name}, {100 * share:.0f} % of the way", part)
+
+    def _judge(self, name: str, repaired: Repaired) -> None:
+        self.tried.append(self.judge(name, repaired))
+        self.tell(f"tried {self.tried[-1]}")
+
+    def _failed(self, said: str) -> None:
+        self.failed.append(said)
+        self.tell(said)
 
 
 class _Healer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import partial
 
@@ -38,9 +39,12 @@ def test_it_takes_a_backdoor_out(victim, repaired):
 
 def test_the_same_seed_gives_the_same_network_and_progress_counts_games(victim):
     told: list[tuple[int, int]] = []
-    one = QUICK(victim.model, make_images(100, 9), on_step=lambda *step: told.append(step), generator=generator(0))
+    notes: list[str] = []
+    watched = partial(QUICK, on_step=lambda *step: told.append(step), on_note=notes.append)
+    one = watched(victim.model, make_images(100, 9), generator=generator(0))
     other = QUICK(victim.model, make_images(100, 9), generator=generator(0))
     assert told == [(8, 16), (16, 16)]
+    assert re.fullmatch(r"16 of 16 games: reward -?\d+\.\d\d, accuracy [+-]\d+\.\d, signs \d+ %, \d+\.\d % cut", notes[1])
     assert one.log == other.log
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name])

@@ -5,7 +5,7 @@ Li, Yu, Yi, "Optimized Neuron Pruning" (arXiv:2405.17746, 2024); their code is n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,13 +18,12 @@ from ...prune.grammar import follow
 from ...prune.mask import Edit, apply_mask, collapsed
 from ...prune.neurons import growing
 from ...state import seeded
-from ...train import OnStep
+from ...train import OnNote, OnStep
 from ...types import Candidate, HardMask, ImageSet, Repaired
 from ..evidence import examine, grown
-from . import signs as given_signs
 from .features import features
 from .layers import Residual, layers, mask_of
-from .signs import Sign
+from .signs import Sign, clean_errors, noisy, triggered, unlearned
 
 if TYPE_CHECKING:
     from .env import Pruning
@@ -50,6 +49,7 @@ def onp(
     edit: Edit = "weight",
     precision: Precision = "float32",
     on_step: OnStep | None = None,
+    on_note: OnNote | None = None,
     generator: torch.Generator,
 ) -> Repaired:
     """Let a graph network learn, game by game, which neurons to cut, and cut along its ranking.
@@ -77,6 +77,7 @@ def onp(
         edit: Set the ``weight`` of a cut neuron to 0, or ``weight+bias``.
         precision: Of the inversion.
         on_step: Progress in games.
+        on_note: Told after each update how its games went.
         generator: Source of all randomness.
 
     Raises:
@@ -107,19 +108,33 @@ def onp(
     found = layers(model, clean.shape, degree=degree, residual=residual)
     fitted, judged = holdout(clean, JUDGED, generator=generator)
     few = fitted.subset(torch.randperm(len(fitted), generator=generator)[:images])
-    error = given_signs.clean_errors(model, few)
     signs, notes = seek(model, fitted, few, wanted, precision=precision, generator=generator)
+    error = clean_errors(model, few)
     nodes = features(model, few, found, [error, *signs])
     env = Pruning(model, found, nodes, error, signs, drop=drop, price=price, edit=edit)
     with seeded(generator):
         learner = Learner(start or Policy(width=width), lr=lr)
-    watch = None if on_step is None else lambda done, _: on_step(done, games)
+
+    def watch(done: int, means: Mapping[str, float]) -> None:
+        if on_step is not None:
+            on_step(done, games)
+        if on_note is not None:
+            on_note(f"{done} of {games} games: {said(means)}")
+
     history = train(learner, [env], games=games, on_update=watch, generator=generator)
     path, mask, chosen_notes = choose(model, judged, env, chances(env, learner.policy), generator=generator)
     log = {"evaluations": float(env.evaluations)}
     for when, update in (("first", history[:1]), ("last", history[-1:])):
         log |= {f"{when}_{name}": value for each in update for name, value in each.items() if name != "evaluations"}
     return Repaired(apply_mask(model, mask).eval(), mask, path, log, (*notes, *chosen_notes))
+
+
+def said(means: Mapping[str, float]) -> str:
+    """Return how games went, in a few words."""
+    return (
+        f"reward {means['reward']:.2f}, accuracy {-100 * means['rise']:+.1f}, signs {100 * means['sign']:.0f} %, "
+        f"{100 * means['cut']:.1f} % cut"
+    )
 
 
 def read_proxies(proxies: str) -> tuple[str, ...]:
@@ -147,12 +162,12 @@ def seek(
         if name == "trigger":
             evidence = examine(model, fitted, precision=precision, generator=generator)
             triggers = grown(model, fitted, evidence.smallest, sizes=2, precision=precision, generator=generator)[1::2]
-            found.append(given_signs.triggered(model, few, triggers))
+            found.append(triggered(model, few, triggers))
             notes = evidence.notes
         elif name == "unlearned":
-            found.append(given_signs.unlearned(model, few, generator=generator))
+            found.append(unlearned(model, few, generator=generator))
         else:
-            found.append(given_signs.noisy(model, few, generator=generator))
+            found.append(noisy(model, few, generator=generator))
     return found, notes
 
 
