@@ -1,0 +1,107 @@
+"""Train the policy that ships with the method ``onp`` on the victims of a plan.
+
+    secateur bench run plans/onp-policy.cpu.toml --data cifar10.npz
+    OMP_NUM_THREADS=1 python scripts/train_onp_policy.py plans/onp-policy.cpu.toml --data cifar10.npz --games 2000
+
+plays on all victims of the plan in turn, with every set of proxies in turn, so that the policy learns to use what is there, and
+writes ``policy.json``, ``policy.safetensors`` and ``provenance.json`` (victims, settings, the learning). Killed, the same
+command goes on after the last update (``--progress``). It sees clean images and networks, never a trigger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import secateur
+from secateur.bench.nodes import Node, expand
+from secateur.bench.plan import read_plan
+from secateur.bench.source import digest
+from secateur.bench.store import Store
+from secateur.data import load_data
+from secateur.models import load_bundle
+from secateur.repair.onp.env import Pruning
+from secateur.repair.onp.layers import layers
+from secateur.repair.onp.onp import board, seek
+from secateur.repair.onp.policy import Policy
+from secateur.repair.onp.ppo import Learner, train
+from secateur.repair.onp.saved import save_policy
+from secateur.state import generator, seeded
+
+OUTPUT = Path(__file__).parents[1] / "src" / "secateur" / "repair" / "onp" / "pretrained"
+SETS = ("trigger", "unlearned", "noise"), ("trigger", "unlearned"), ("unlearned", "noise"), ("unlearned",), ("trigger",)
+
+
+def main() -> None:
+    """Train and write a policy."""
+    given = arguments()
+    plan = read_plan(given.plan).with_data(given.data)
+    graph, store = expand(plan, digest), Store(given.store)
+    victims = [node for node in graph.nodes.values() if node.stage == "victim"]
+    envs = [env for victim in victims for env in boards(victim, store, given)]
+    random = generator(given.seed)
+    with seeded(random):
+        learner = Learner(Policy(width=given.width), lr=given.lr)
+    start = time.monotonic()
+
+    def tell(done: int, means: dict[str, float]) -> None:
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in means.items() if name not in ("games", "evaluations"))
+        print(f"{done} games, {time.monotonic() - start:.0f} s: {shown}", flush=True)
+
+    history = train(
+        learner, envs, games=given.games, at_once=len(SETS) * 2, on_update=tell, progress=given.progress, generator=random
+    )
+    save_policy(learner.policy, given.output)
+    record = {
+        "secateur": secateur.__version__,
+        "plan": plan.name,
+        "victims": [victim.label for victim in victims],
+        "settings": {name: value for name, value in vars(given).items() if name in SETTINGS},
+        "proxies": ["+".join(some) for some in SETS],
+        "history": history,
+    }
+    (given.output / "provenance.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+
+
+SETTINGS = "games", "images", "drop", "price", "lr", "width", "degree", "seed"
+
+
+def arguments() -> argparse.Namespace:
+    """Return what the command line says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--data", help="images instead of the plan's")
+    parser.add_argument("--store", type=Path, default=Path("secateur-store"))
+    parser.add_argument("--progress", type=Path, default=Path("onp-policy.progress"))
+    parser.add_argument("-o", "--output", type=Path, default=OUTPUT)
+    parser.add_argument("--games", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--drop", type=float, default=0.02)
+    parser.add_argument("--price", type=float, default=0.05)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--degree", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def boards(victim: Node, store: Store, given: argparse.Namespace) -> Iterator[Pruning]:
+    """Yield the games of a victim, one for each set of proxies."""
+    model = load_bundle(store.folder(victim.key) / "model")
+    clean = load_data(store.folder(victim.parents["data"]) / "clean.npz")
+    random = generator(given.seed)
+    few = clean.subset(torch.randperm(len(clean), generator=random)[: given.images])
+    found = layers(model, clean.shape, degree=given.degree)
+    names = sorted({name for some in SETS for name in some})
+    signs = dict(zip(names, seek(model, clean, few, names, precision="bfloat16", generator=random)[0], strict=True))
+    for some in SETS:
+        yield board(model, few, found, [signs[name] for name in some], drop=given.drop, price=given.price)
+
+
+if __name__ == "__main__":
+    main()
