@@ -13,7 +13,7 @@ from secateur.measure import evaluate
 from secateur.models import load_bundle, save
 from secateur.report import render, to_json
 from secateur.train import Recipe
-from secateur.types import ImageSet, Repaired
+from secateur.types import ImageSet, NeuronGraph, Repaired
 
 QUICK = {"fraction": 0.3, "epochs": 2, "lr": 0.02}
 
@@ -66,6 +66,36 @@ def test_a_repair_sees_the_model_the_clean_images_and_its_settings(victim, monke
     runs.repair(victim.model, victim.clean, method="fine-tuning", test=victim.test, trigger=victim.trigger)
     assert seen.keys() == {"model", "clean", "epochs", "lr", "on_step", "generator"}
     assert seen["clean"].sha256 == victim.clean.sha256
+
+
+def test_the_record_says_how_a_repair_learned_and_what_it_cut(victim, monkeypatch, schema):
+    history = ({"evaluations": 8.0, "reward": -1.0}, {"evaluations": 16.0, "reward": float("nan")})
+    graph = NeuronGraph(("1", "4"), 4, ((0, 1), (1, 3)), (1,))
+    learned = Repaired(victim.model, None, history=history, graphs=(graph,))
+    monkeypatch.setattr(methods.Method, "load", lambda self: lambda model, clean, **settings: learned)
+    record = json.loads(to_json(runs.repair(victim.model, victim.clean, test=victim.test).result))
+    schema.validate(record)
+    assert record["details"]["history"] == [{"evaluations": 8.0, "reward": -1.0}, {"evaluations": 16.0}]
+    assert record["details"]["graphs"] == [{"sites": ["1", "4"], "size": 4, "edges": [[0, 1], [1, 3]], "cut": [1]}]
+    assert all("Neurons cut, layer by layer".lower() in render(record, name).lower() for name in ("html", "md", "text"))
+
+
+def test_the_record_of_a_repair_that_does_not_learn_has_no_history(victim, monkeypatch):
+    spy(monkeypatch)
+    assert not {"history", "graphs"} & runs.repair(victim.model, victim.clean, test=victim.test).result.details.keys()
+
+
+def test_a_record_keeps_a_long_history_from_end_to_end_and_as_many_edges_as_it_has_room_for(monkeypatch):
+    kept = runs._history([{"games": float(i)} for i in range(1237)])
+    numbers = [entry["games"] for entry in kept]
+    assert len(numbers) == len(set(numbers)) == runs.ENTRIES
+    assert (numbers[0], numbers[-1]) == (0.0, 1236.0)
+    monkeypatch.setattr(runs, "EDGES", 5)
+    ring = ((0, 1), (1, 2), (2, 3), (0, 3))
+    small, large, none = (NeuronGraph(("a",), 4, ring, cut) for cut in ((0,), (0, 1, 2, 3), ()))
+    assert [graph["edges"] for graph in runs._graphs([small, large])] == [[], [list(edge) for edge in ring]]
+    monkeypatch.setattr(runs, "EDGES", 3)
+    assert [graph["edges"] for graph in runs._graphs([none, small])] == [[], [[0, 1], [0, 3]]]
 
 
 def test_a_network_at_chance_is_inconclusive(victim):

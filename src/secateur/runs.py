@@ -36,11 +36,13 @@ from .prune.layers import prunable_layers
 from .prune.mask import hard
 from .recipe import Recipe
 from .state import generator, seeded
-from .train import OnStep
-from .types import ChannelMask, HardMask, ImageSet, Poisoning, Rate, Repaired, Result, Trigger, to_float
+from .train import OnNote, OnStep
+from .types import ChannelMask, HardMask, ImageSet, NeuronGraph, Poisoning, Rate, Repaired, Result, Trigger, to_float
 
 HOLDOUT = 0.2
 SEEN = 1000  # images on which a trigger's visibility is measured
+ENTRIES, LARGEST = 300, 1e100  # of a history that a record keeps: how many, and the largest number
+EDGES = 10_000  # of all graphs together that a record keeps
 NO_TRIGGER = (
     "No trigger was given, so attack success was not measured: this run does not show whether a backdoor was there, or is gone."
 )
@@ -91,6 +93,7 @@ def repair(
     seed: int = 0,
     command: Sequence[str] = (),
     on_step: OnStep | None = None,
+    on_note: OnNote | None = None,
 ) -> RepairRun:
     """Repair a network and measure it before and after.
 
@@ -108,6 +111,7 @@ def repair(
         seed: Of all randomness.
         command: The command line, for the record.
         on_step: Progress of fine-tuning, of repairs that do any.
+        on_note: Told how it goes, by repairs that try several things.
 
     Raises:
         DataError: All test images are also among the clean ones.
@@ -133,7 +137,8 @@ def repair(
     check_better_than_chance(before, measured)
     start = time.perf_counter()
     function = row.load()
-    watched = {"on_step": on_step} if "on_step" in signature(function).parameters else {}  # only what trains has steps
+    watchers = {"on_step": on_step, "on_note": on_note}
+    watched = {name: watch for name, watch in watchers.items() if name in signature(function).parameters}
     needed = {} if suspect is None else {"suspect": suspect}
     repaired = function(model, seen, **chosen, **needed, **watched, generator=random)
     seconds = time.perf_counter() - start
@@ -446,12 +451,38 @@ def _details(model: Classifier, repaired: Repaired, removal: Removal | None) -> 
         for c in repaired.path
     ]
     notes = [*repaired.notes, *(removal.notes if removal else ())]
+    learned = {"history": _history(repaired.history), "graphs": _graphs(repaired.graphs)}
     return {
         "path": path,
         "layers": _layers(model, repaired) if hard(repaired.mask) else [],
         "log": dict(repaired.log),
         "notes": notes,
+        **{name: value for name, value in learned.items() if value},
     }
+
+
+def _history(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Return at most `ENTRIES` of a history, evenly spaced from the first to the last, without what is no number."""
+    count = min(len(history), ENTRIES)
+    kept = [history[i * (len(history) - 1) // max(1, count - 1)] for i in range(count)]
+    return [{name: float(value) for name, value in entry.items() if abs(value) <= LARGEST} for entry in kept]
+
+
+def _graphs(graphs: Sequence[NeuronGraph]) -> list[dict[str, Any]]:
+    """Return the graphs for a record, with `EDGES` edges at most: the layers with the most cut neurons have theirs first.
+
+    Where not all of a layer's edges have room, those of its cut neurons may have.
+    """
+    room, edges = EDGES, {}
+    for number in sorted(range(len(graphs)), key=lambda i: -len(graphs[i].cut)):
+        graph, cut = graphs[number], set(graphs[number].cut)
+        choices = (graph.edges, [edge for edge in graph.edges if not cut.isdisjoint(edge)], ())
+        edges[number] = next(list(map(list, some)) for some in choices if len(some) <= room)
+        room -= len(edges[number])
+    return [
+        {"sites": list(graph.sites), "size": graph.size, "edges": edges[number], "cut": list(graph.cut)}
+        for number, graph in enumerate(graphs)
+    ]
 
 
 def _layers(model: Classifier, repaired: Repaired) -> list[dict[str, Any]]:

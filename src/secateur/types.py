@@ -278,6 +278,23 @@ class Candidate:
     holdout: Rate
 
 
+@dataclass(frozen=True)
+class NeuronGraph:
+    """One layer's neurons as an undirected graph, and which of them were cut.
+
+    Attributes:
+        sites: Where the neurons sit; several for a residual stream, whose channels go together.
+        size: How many neurons there are.
+        edges: Pairs of neighbours ``(i, j)``, ``i < j``, each once.
+        cut: The neurons that were cut.
+    """
+
+    sites: tuple[str, ...]
+    size: int
+    edges: tuple[tuple[int, int], ...]
+    cut: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Repaired:
     """What every repair returns.
@@ -288,6 +305,10 @@ class Repaired:
         path: What was considered on the way, in order.
         log: Numbers worth keeping, by name.
         notes: Sentences for the report: what was skipped, refused or left uncut, and why.
+        history: Of a repair that learns, numbers over the course of learning, in order, the same names (16 at most) in each
+            entry. The report draws them against ``evaluations``, else ``games``, else the first name, and takes the entry
+            with the highest ``reward`` for the best.
+        graphs: Of a repair that sees each layer as a graph of neurons, the layers in order.
     """
 
     model: nn.Module
@@ -295,6 +316,8 @@ class Repaired:
     path: tuple[Candidate, ...] = ()
     log: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    history: tuple[Mapping[str, float], ...] = ()
+    graphs: tuple[NeuronGraph, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import copy
+import math
+import random
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 HOSTILE = (
@@ -191,7 +194,51 @@ def one_cut() -> dict[str, Any]:
     return changed
 
 
-VARIANTS = {"full": record, "without trigger": without_trigger, "bare": bare, "audit": audit, "one cut": one_cut}
+def graph(sites: list[str], size: int, cut: int, seed: int) -> dict[str, Any]:
+    """Return a layer's neurons, each tied to its nearest eight by a few features that come in clusters."""
+    draw = random.Random(seed)
+    centres = [[draw.gauss(0, 1) for _ in range(4)] for _ in range(max(2, size // 16))]
+    at = [[x + draw.gauss(0, 0.6) for x in draw.choice(centres)] for _ in range(size)]
+    edges = set()
+    for i in range(size):
+        others = sorted((j for j in range(size) if j != i), key=lambda j: math.dist(at[i], at[j]))
+        edges |= {(min(i, j), max(i, j)) for j in others[:8]}
+    gone = sorted(range(size), key=lambda j: math.dist(at[0], at[j]))[:cut]
+    return {"sites": sites, "size": size, "edges": [list(edge) for edge in sorted(edges)], "cut": sorted(gone)}
+
+
+def learned() -> dict[str, Any]:
+    """Return the record of a repair that learned which neurons to cut."""
+    changed, draw = record(), random.Random(0)
+    stream = ["bn1", "layer1.0.bn2", "layer1.1.bn2", "layer1.2.bn2", "layer1.3.bn2"]
+    changed["details"]["graphs"] = [
+        graph(stream, 16, 2, 1),
+        graph(["layer1.0.bn1"], 16, 0, 2),
+        graph(["layer2.0.bn2", "layer2.1.bn2"], 32, 5, 3),
+        graph(["layer3.0.bn1"], 64, 11, 4),
+    ]
+    changed["details"]["history"] = [
+        {
+            "games": 8 * i + 8,
+            "evaluations": 160 * i + 161,
+            "reward": 0.8 - 1.1 * 0.9**i + draw.gauss(0, 0.06),
+            "rise": max(0.0, 0.09 * 0.93**i + draw.gauss(0, 0.006)),
+            "sign": min(1.0, 0.15 + 0.8 * 0.9**i + draw.gauss(0, 0.03)),
+            "cut": 0.3 * 0.96**i + draw.gauss(0, 0.01),
+        }
+        for i in range(30)
+    ]
+    return changed
+
+
+VARIANTS = {
+    "full": record,
+    "without trigger": without_trigger,
+    "bare": bare,
+    "audit": audit,
+    "one cut": one_cut,
+    "learned": learned,
+}
 
 
 def fill(value: Any, text: str) -> Any:
@@ -204,9 +251,11 @@ def fill(value: Any, text: str) -> Any:
     return text if isinstance(value, str) else value
 
 
-def hostile(text: str) -> dict[str, Any]:
+def hostile(text: str, made: Callable[[], dict[str, Any]] = record) -> dict[str, Any]:
     """Return a record that the schema accepts and that says ``text`` wherever it may say anything."""
-    changed = fill(record(), text)
+    changed = fill(made(), text)
+    for entry in changed["details"].get("history", ()):
+        entry[text] = entry.pop("reward")
     changed["kind"] = "repair"
     changed["findings"] = [{"rule": text, "severity": "high", "message": text, "where": text}]
     changed["method"]["args"] = {text: text, "many": [text, text]}

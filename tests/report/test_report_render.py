@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from report_records import HOSTILE, VARIANTS, hostile, png, rate, record, without_trigger
+from report_records import HOSTILE, VARIANTS, hostile, learned, png, rate, record, without_trigger
 
 from secateur.errors import MethodError
 from secateur.report import render, to_html, to_markdown, to_text
@@ -149,24 +150,26 @@ def test_headline_of_an_audit_starts_with_its_verdict() -> None:
     assert headline(VARIANTS["bare"]()) == "Inconclusive: too little could be evaluated."
 
 
+@pytest.mark.parametrize("made", [record, learned])
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_strings_stay_text(text: str) -> None:
-    source = to_html(hostile(text))
-    page, honest = Page(source), Page(to_html(hostile("x")))
+def test_hostile_strings_stay_text(text: str, made: Callable[[], dict[str, Any]]) -> None:
+    source = to_html(hostile(text, made))
+    page, honest = Page(source), Page(to_html(hostile("x", made)))
     assert [tag for tag, _ in page.elements] == [tag for tag, _ in honest.elements]
     assert [set(attributes) for _, attributes in page.elements] == [set(attributes) for _, attributes in honest.elements]
     assert any(plain(text) in said for said in page.texts)
     assert source.encode()
 
 
+@pytest.mark.parametrize("made", [record, learned])
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_strings_steer_neither_terminal_nor_markdown(text: str) -> None:
-    assert all(line.isprintable() for line in to_text(hostile(text)).splitlines())
-    markdown = to_markdown(hostile(text))
+def test_hostile_strings_steer_neither_terminal_nor_markdown(text: str, made: Callable[[], dict[str, Any]]) -> None:
+    assert all(line.isprintable() for line in to_text(hostile(text, made)).splitlines())
+    markdown = to_markdown(hostile(text, made))
     assert all(line.isprintable() for line in markdown.splitlines())
     outside_code = "\n".join(line for line in markdown.splitlines() if not line.startswith("    "))
     assert not re.search(r"<\w|</|(?<!\\)\]\(|(?<!\\)\[", outside_code)
-    assert len(markdown.splitlines()) == len(to_markdown(hostile("x")).splitlines())
+    assert len(markdown.splitlines()) == len(to_markdown(hostile("x", made)).splitlines())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -236,9 +239,10 @@ def test_unknown_formats_are_refused() -> None:
 
 def test_rendering_needs_no_torch_and_text_no_template_engine() -> None:
     code = (
-        "import sys; from secateur import report; from report_records import record;"
-        "[report.render(record(), name) for name in ('text', 'md', 'json')]; assert 'jinja2' not in sys.modules;"
-        "report.render(record(), 'html'); assert 'torch' not in sys.modules"
+        "import sys; from secateur import report; from report_records import learned, record;"
+        "[report.render(learned(), name) for name in ('text', 'md', 'json')]; assert 'jinja2' not in sys.modules;"
+        "report.render(record(), 'html'); assert 'networkx' not in sys.modules;"
+        "report.render(learned(), 'html'); assert 'torch' not in sys.modules"
     )
     environment = {"PYTHONPATH": str(Path(__file__).parent), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

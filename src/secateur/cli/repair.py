@@ -86,6 +86,7 @@ def repair(
             seed=run_flags.seed,
             command=["secateur", *sys.argv[1:]],
             on_step=on_step,
+            on_note=say if run_flags.progress else None,
         )
     home = folder or run_folder("repair", sys.argv[1:])
     write(

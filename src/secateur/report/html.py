@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -14,11 +14,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from . import svg
-from .sections import Bar, Span, method_line, sections, shorten
-from .wording import headline, plain
+from .neurons import views
+from .sections import COUNTS, Bar, Span, learned_label, learned_names, method_line, sections, shorten
+from .wording import clip, headline, plain
 
 MAX_BYTES = 2_000_000
 MAX_PICTURE = 600_000
+MAX_POINTS = 300
 SORTABLE = frozenset({"checks", "findings", "compared", "path", "layers"})
 LIMITS = ({"rows": 1000, "length": 1000}, {"rows": 10, "length": 100})
 PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+=*")
@@ -45,6 +47,8 @@ def _page(result: Mapping[str, Any], limits: Mapping[str, int]) -> str:
         compares=bool(result["before"] and result["after"]),
         sortable=SORTABLE,
         curve=_curve(result["details"]),
+        charts=_charts(result["details"].get("history", ())),
+        graphs=[(view.caption, svg.neurons(view)) for view in views(result["details"].get("graphs", ()))],
         pictures=_pictures(result["details"].get("trigger")),
         style=_asset("style.css"),
         script=_asset("script.js"),
@@ -91,6 +95,19 @@ def _curve(details: Mapping[str, Any]) -> Markup | None:
     path = details.get("path", ())
     removed = sum(layer["removed"] for layer in details.get("layers", ()))
     return svg.curve(path, removed) if len(path) > 1 else None
+
+
+def _charts(history: Sequence[Mapping[str, float]]) -> list[tuple[str, Markup]]:
+    """Return caption and drawing of each number that a repair noted while it learned."""
+    along, *names = learned_names(history) or ("",)
+    thinned = [*history[: -1 : 1 + len(history) // MAX_POINTS], *history[-1:]]
+    drawn = []
+    for name in names:
+        points = [(entry[along], entry[name]) for entry in thinned if along in entry and name in entry]
+        if len(points) > 1 and name not in COUNTS:
+            title = clip(learned_label(name), 80)
+            drawn.append((title, svg.chart(points, name, title, (along, learned_label(along)))))
+    return drawn
 
 
 def _pictures(trigger: Mapping[str, Any] | None) -> list[tuple[str, str]]:

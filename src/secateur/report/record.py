@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from .wording import clip
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 2**20
+NUMBERS = re.compile(r"\[\n[-+.,\deE\s]+\]")  # lists of numbers go on one line; no string of JSON has a line break
 
 
 def to_json(result: Result | Mapping[str, Any]) -> str:
@@ -27,9 +29,10 @@ def to_json(result: Result | Mapping[str, Any]) -> str:
     record = asdict(result) if isinstance(result, Result) else result
     ordered = {field.name: record[field.name] for field in fields(Result) if field.name in record}
     try:
-        return json.dumps(ordered, indent=2, allow_nan=False) + "\n"
+        text = json.dumps(ordered, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"a record holds finite numbers, strings, lists and mappings only: {error}") from error
+    return NUMBERS.sub(lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text) + "\n"
 
 
 def read_result(path: str | Path) -> dict[str, Any]:

@@ -56,8 +56,7 @@ def _problems(value: Any, schema: Schema, where: str) -> Iterator[str]:
     elif isinstance(value, int | float):
         yield from _number(value, schema, where)
     elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _problems(item, schema.get("items", {}), f"{where}[{i}]")
+        yield from _array(value, schema, where)
     elif isinstance(value, dict):
         yield from _object(value, schema, where)
 
@@ -72,6 +71,15 @@ def _number(value: float, schema: Schema, where: str) -> Iterator[str]:
         yield f"{where} must be at least {schema['minimum']}, got {_show(value)}"
     if value > schema.get("maximum", value):
         yield f"{where} must be at most {schema['maximum']}, got {_show(value)}"
+
+
+def _array(value: list[Any], schema: Schema, where: str) -> Iterator[str]:
+    if len(value) < schema.get("minItems", 0):
+        yield f"{where} must have at least {schema['minItems']} items, got {len(value)}"
+    if len(value) > schema.get("maxItems", len(value)):
+        yield f"{where} must have at most {schema['maxItems']} items, got {len(value)}"
+    for i, item in enumerate(value):
+        yield from _problems(item, schema.get("items", {}), f"{where}[{i}]")
 
 
 def _object(value: dict[str, Any], schema: Schema, where: str) -> Iterator[str]:

@@ -18,6 +18,16 @@ RATES = {
     "triggered_accuracy": "Triggered accuracy",
     "adversarial_accuracy": "Adversarial accuracy",
 }
+LEARNED = {
+    "evaluations": "Evaluations",
+    "games": "Games",
+    "reward": "Reward",
+    "rise": "Rise of the clean error",
+    "sign": "Signs of a backdoor",
+    "cut": "Neurons cut",
+}
+COUNTS = ("evaluations", "games")
+MAX_LEARNED = 16
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,9 @@ def sections(result: Record) -> tuple[Section, ...]:
         _findings(result["findings"]),
         _outcome(result["before"], result["after"]),
         _compared(result["before"], details.get("compared", ())),
+        _learning(details.get("history", ())),
         _path(details.get("path", ())),
-        _layers(details.get("layers", ())),
+        _neurons(details["graphs"]) if details.get("graphs") else _layers(details.get("layers", ())),
         _backdoor(details.get("backdoor")),
         _trigger(details.get("trigger")),
         Section("notes", "Notes", tuple(map(plain, details.get("notes", ())))),
@@ -254,6 +265,53 @@ def _path(path: Sequence[Record]) -> Section:
         for step in path
     )
     return Section("path", "Accuracy against share removed", tables=(Table(head, rows),))
+
+
+def learned_names(history: Sequence[Record]) -> tuple[str, ...]:
+    """Return the names in a history, first the one that says how far learning has come."""
+    names = tuple(dict.fromkeys(name for entry in history for name in entry))[:MAX_LEARNED]
+    first = next((name for name in COUNTS if name in names), None)
+    return names if first is None else (first, *(name for name in names if name != first))
+
+
+def learned_label(name: str) -> str:
+    """Return the title of a number in a history."""
+    return LEARNED.get(name, plain(name))
+
+
+def _learning(history: Sequence[Record]) -> Section:
+    rewarded = [entry for entry in history if "reward" in entry]
+    best = max(rewarded, key=lambda entry: entry["reward"]) if rewarded else {}
+    shown = (*history[:1], best, *history[-1:])
+    rows = tuple(
+        (Cell(learned_label(name)), *(_learned(name, entry.get(name)) for entry in shown)) for name in learned_names(history)
+    )
+    noted = f"{len(history):,} entries" if len(history) > 1 else "one entry"
+    lines = (f"What the repair noted while it learned, {noted}.",) if rows else ()
+    return Section("learning", "Learning", lines, (Table(("Number", "First", "Best reward", "Last"), rows),))
+
+
+def _learned(name: str, value: float | None) -> Cell:
+    return Cell("") if value is None else Cell(wording.learned(name, value), key=value)
+
+
+def _neurons(graphs: Sequence[Record]) -> Section:
+    counts = [len({i for i in graph["cut"] if i < graph["size"]}) for graph in graphs]
+    shares = [count / graph["size"] for count, graph in zip(counts, graphs, strict=True)]
+    rows = tuple(
+        (
+            Cell(wording.places(graph["sites"]), plain(", ".join(graph["sites"])) if len(graph["sites"]) > 4 else ""),
+            _number(count),
+            _number(graph["size"]),
+            Cell(wording.percent(share), key=share),
+        )
+        for graph, count, share in zip(graphs, counts, shares, strict=True)
+    )
+    head = ("Layer", "Cut", "Neurons", "Share")
+    stream = "Layers in one row write one residual stream: their neurons are cut together."
+    lines = (stream,) if any(len(graph["sites"]) > 1 for graph in graphs) else ()
+    table = Table(head, rows, "", tuple(map(Bar, shares)), "0 to 100 %")
+    return Section("layers", "Neurons cut, layer by layer", lines, (table,))
 
 
 def _layers(layers: Sequence[Record]) -> Section:

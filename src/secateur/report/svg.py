@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
 
+from .neurons import View
 from .sections import Bar, Span
-from .wording import percent, rate
+from .wording import SHARES, clip, human, learned, percent, rate
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 620, 14, 252
+SMALL, SQUARE = (400, 216), 320
+DOTS = 60
 
 Point = tuple[float, float]
 
@@ -61,12 +64,23 @@ def _interval(value: Mapping[str, Any], name: str, y: float) -> tuple[Markup, Ma
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear scale from values to pixels."""
+    """A linear scale from values to pixels.
+
+    Attributes:
+        low: Value at ``start``.
+        high: Value at ``end``, larger.
+        start: Pixel.
+        end: Pixel.
+        most: About how many ticks there is room for.
+        share: Whether values are shares, to be written in percent.
+    """
 
     low: float
     high: float
     start: float
     end: float
+    most: int = 6
+    share: bool = True
 
     def __call__(self, value: float) -> float:
         """Return the pixel of a value."""
@@ -74,9 +88,24 @@ class Axis:
 
     def ticks(self) -> list[float]:
         """Return round values along the axis."""
-        step = _round_step((self.high - self.low) / 6)
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [i * step for i in range(first, last + 1)]
+        first, last = math.ceil(self.low / self.step - 1e-9), math.floor(self.high / self.step + 1e-9)
+        return [i * self.step for i in range(first, last + 1)]
+
+    @property
+    def step(self) -> float:
+        """Distance of the ticks."""
+        return _round_step((self.high - self.low) / self.most)
+
+    def label(self, tick: float) -> str:
+        """Return how a tick is written: no more decimals than tell it from the next."""
+        factor = 100 if self.share else 1
+        value, step = factor * tick, factor * self.step
+        decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+        if decimals > 6 or abs(value) >= 1e15:
+            text = f"{value:.3g}"
+        else:
+            text = human(value) if step >= 1000 else f"{value:,.{decimals}f}"
+        return text.replace("-", "\N{MINUS SIGN}") + " %" * self.share
 
 
 def _round_step(least: float) -> float:
@@ -104,7 +133,7 @@ def curve(path: Sequence[Mapping[str, Any]], removed: int) -> Markup:
     dots = [_dot(point, step, removed) for point, step in zip(line, steps, strict=True)]
     return _picture(
         "Accuracy on the hold-out against the share cut, with 95 % intervals",
-        *_grid(x, y),
+        *_grid(x, y, "share cut"),
         tag("polygon", points=_points(band), class_="band"),
         tag("polyline", points=_points(line), class_="line"),
         *dots,
@@ -130,11 +159,81 @@ def _dot(at: Point, step: Mapping[str, Any], removed: int) -> Markup:
     return circle + label
 
 
-def _grid(x: Axis, y: Axis) -> list[Markup]:
-    marks = [tag("line", x1=LEFT, x2=RIGHT, y1=y(v), y2=y(v), class_="grid") for v in y.ticks()]
-    marks += [tag("text", f"{100 * v:.3g} %", x=LEFT - 8, y=y(v) + 4, text_anchor="end") for v in y.ticks()]
-    marks += [tag("line", x1=x(v), x2=x(v), y1=BOTTOM, y2=BOTTOM + 5, class_="axis") for v in x.ticks()]
-    marks += [tag("text", f"{100 * v:.3g} %", x=x(v), y=BOTTOM + 20, text_anchor="middle") for v in x.ticks()]
-    marks.append(tag("line", x1=LEFT, x2=RIGHT, y1=BOTTOM, y2=BOTTOM, class_="axis"))
-    marks.append(tag("text", "share cut", x=RIGHT, y=BOTTOM + 42, text_anchor="end", class_="label"))
+def _grid(x: Axis, y: Axis, label: str) -> list[Markup]:
+    left, right, bottom = x.start, x.end, y.start
+    marks = [tag("line", x1=left, x2=right, y1=y(v), y2=y(v), class_="grid") for v in y.ticks()]
+    marks += [tag("text", y.label(v), x=left - 8, y=y(v) + 4, text_anchor="end") for v in y.ticks()]
+    marks += [tag("line", x1=x(v), x2=x(v), y1=bottom, y2=bottom + 5, class_="axis") for v in x.ticks()]
+    marks += [tag("text", x.label(v), x=x(v), y=bottom + 20, text_anchor="middle") for v in x.ticks()]
+    marks.append(tag("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
+    marks.append(tag("text", label, x=right, y=bottom + 42, text_anchor="end", class_="label"))
     return marks
+
+
+def chart(points: Sequence[Point], name: str, title: str, along: tuple[str, str]) -> Markup:
+    """Return a small chart of one number over the course of learning.
+
+    Args:
+        points: Where it stood when, in order, two at least.
+        name: Of the number, in the history.
+        title: Of the number, for people.
+        along: Name and title of what goes along the horizontal axis.
+    """
+    width, height = SMALL
+    x = _axis([at for at, _ in points], LEFT, width - 12, 5, along[0] in SHARES)
+    y = _rounded(_axis([value for _, value in points], height - 48, 10, 4, name in SHARES))
+    line = [(x(at), y(value)) for at, value in points]
+    dots = [
+        tag("circle", tag("title", f"{learned(name, value)} at {learned(along[0], at)}"), cx=a, cy=b, r=2, class_="point")
+        for (at, value), (a, b) in zip(points, line, strict=True)
+    ]
+    return _picture(
+        clip(f"{title} against {along[1].lower()}", 200),
+        *_grid(x, y, clip(along[1].lower(), 40)),
+        tag("polyline", points=_points(line), class_="line"),
+        *(dots if len(dots) <= DOTS else ()),
+        class_="chart",
+        viewBox=f"0 0 {width} {height}",
+    )
+
+
+def _axis(values: Sequence[float], start: float, end: float, most: int, share: bool) -> Axis:
+    """Return an axis that holds the values; where they are all but equal, it is longer, so that ticks stay short."""
+    low, high = float(min(values)), float(max(values))
+    size = max(abs(low), abs(high))
+    least = 0.005 * size if size > 1e-9 else 0.01 if share else 1.0
+    room = max(0.0, least - (high - low)) / 2
+    return Axis(low - room, high + room, start, end, most, share)
+
+
+def _rounded(axis: Axis) -> Axis:
+    """Return an axis that is longer by what takes it from tick to tick."""
+    low, high = math.floor(axis.low / axis.step + 1e-9), math.ceil(axis.high / axis.step - 1e-9)
+    return replace(axis, low=low * axis.step, high=high * axis.step, most=max(1, high - low))
+
+
+def neurons(view: View) -> Markup:
+    """Return the graph of a layer's neurons: kept ones round, cut ones square on a corner."""
+    at = view.layout()
+    x = _axis([a for a, _ in at.values()], 10, SQUARE - 10, 1, False)
+    y = _axis([b for _, b in at.values()], 10, SQUARE - 10, 1, False)
+    spots = {node: (round(x(a), 1), round(y(b), 1)) for node, (a, b) in at.items()}
+    size = 5 if len(spots) <= 64 else 4
+    links: dict[bool, list[str]] = {False: [], True: []}
+    for i, j in view.edges:
+        (a, b), (c, d) = spots[i], spots[j]
+        links[i in view.cut or j in view.cut].append(f"M{a} {b}L{c} {d}")
+    paths = [tag("path", d="".join(drawn), class_="link near" if near else "link") for near, drawn in links.items() if drawn]
+    marks = [
+        _neuron(node, spot, node in view.cut, size) for node, spot in sorted(spots.items(), key=lambda s: s[0] in view.cut)
+    ]
+    return _picture(clip(f"Graph: {view.caption}", 400), *paths, *marks, class_="graph", viewBox=f"0 0 {SQUARE} {SQUARE}")
+
+
+def _neuron(number: int, at: Point, cut: bool, size: int) -> Markup:
+    title = tag("title", f"neuron {number}, {'cut' if cut else 'kept'}")
+    if not cut:
+        return tag("circle", title, cx=at[0], cy=at[1], r=size - 1, class_="kept")
+    corner, turned = size + 1.5, f"M{at[0]} {at[1]}"
+    turned += f"m0 {-corner}l{corner} {corner}l{-corner} {corner}l{-corner} {-corner}z"
+    return tag("path", title, d=turned, class_="gone")

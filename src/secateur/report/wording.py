@@ -12,6 +12,7 @@ VERDICTS = {
     "no-evidence-found": "These checks found no evidence of a backdoor.",
     "inconclusive": "Inconclusive: too little could be evaluated.",
 }
+SHARES = frozenset({"rise", "sign", "cut"})  # of what a repair notes while it learns
 
 Rate = Mapping[str, Any]
 
@@ -63,7 +64,7 @@ def human(value: float, unit: str = "") -> str:
     """Return a large count as ``4.31 MB`` (powers of 1000)."""
     scaled, prefixes = float(value), iter(("", "k", "M", "G", "T", "P"))
     prefix = next(prefixes)
-    while scaled >= 999.5 and prefix != "P":
+    while abs(scaled) >= 999.5 and prefix != "P":
         scaled, prefix = scaled / 1000, next(prefixes)
     return f"{scaled:.3g} {prefix}{unit}".rstrip()
 
@@ -71,6 +72,19 @@ def human(value: float, unit: str = "") -> str:
 def number(value: float) -> str:
     """Return any number, integers in full."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def learned(name: str, value: float) -> str:
+    """Return a number of a history: a share in percent, a count in full."""
+    if name in SHARES:
+        return percent(value) if abs(value) < 1e6 else number(float(value))
+    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
+
+
+def places(names: Sequence[str]) -> str:
+    """Return names in a row, of many the first three and how many more."""
+    more = f" and {len(names) - 3:,} more" if len(names) > 4 else ""
+    return plain(", ".join(names[:3] if more else names)) + more
 
 
 def seconds(value: float) -> str:

@@ -33,8 +33,25 @@ def test_it_takes_a_backdoor_out(victim, repaired):
     assert after.attack_success is not None
     assert after.attack_success.value < 0.3
     assert sum(removed(repaired.mask).values()) > 0
-    assert repaired.log["last_games"] == 128
     assert repaired.log["evaluations"] > 0
+
+
+def test_the_result_shows_how_it_was_learned_and_what_was_cut_where(victim, repaired):
+    assert [entry["games"] for entry in repaired.history] == list(range(8, 129, 8))
+    assert repaired.history[-1]["evaluations"] <= repaired.log["evaluations"]
+    found = layers(victim.model, victim.test.shape)
+    assert [(graph.sites, graph.size) for graph in repaired.graphs] == [(layer.sites, layer.size) for layer in found]
+    keeps = [
+        torch.ones(graph.size, dtype=torch.bool).index_fill(0, torch.tensor(graph.cut).long(), False)
+        for graph in repaired.graphs
+    ]
+    mask = mask_of(victim.model, found, keeps, "weight")
+    assert {name: keep.tolist() for name, keep in mask.keep.items()} == {
+        name: keep.tolist() for name, keep in repaired.mask.keep.items()
+    }
+    for graph, layer in zip(repaired.graphs, found, strict=True):
+        assert all(i < j for i, j in graph.edges)
+        assert {*graph.edges, *((j, i) for i, j in graph.edges)} == set(map(tuple, layer.edges.T.tolist()))
 
 
 def test_the_same_seed_gives_the_same_network_and_progress_counts_games(victim):
@@ -45,7 +62,7 @@ def test_the_same_seed_gives_the_same_network_and_progress_counts_games(victim):
     other = QUICK(victim.model, make_images(100, 9), generator=generator(0))
     assert told == [(8, 16), (16, 16)]
     assert re.fullmatch(r"16 of 16 games: reward -?\d+\.\d\d, accuracy [+-]\d+\.\d, signs \d+ %, \d+\.\d % cut", notes[1])
-    assert one.log == other.log
+    assert one.history == other.history
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name])
 
@@ -57,9 +74,9 @@ def test_every_proxy_can_be_played_for(proxies, victim):
 
 
 def test_without_games_the_shy_policy_cuts_by_value_alone(victim):
-    log = QUICK(victim.model, make_images(100, 9), games=0, generator=generator(0)).log
-    assert set(log) == {"evaluations"}
-    assert log["evaluations"] > 1
+    result = QUICK(victim.model, make_images(100, 9), games=0, generator=generator(0))
+    assert result.history == ()
+    assert result.log["evaluations"] > 1
 
 
 def test_what_is_wrong_is_said_before_the_long_search(victim, monkeypatch, tmp_path):
@@ -106,22 +123,18 @@ class Peak:
 def test_of_the_affordable_cuts_the_one_of_the_highest_value_is_taken(victim, monkeypatch):
     board = Peak(victim.model)
     chances = list(torch.rand(board.neurons, generator=generator(1)).split([layer.size for layer in board.layers]))
-    _, mask, _ = choose(victim.model, make_images(40, 9), board, chances, generator=generator(0))  # type: ignore[arg-type]
+    _, keeps, _ = choose(victim.model, make_images(40, 9), board, chances, generator=generator(0))  # type: ignore[arg-type]
     order = torch.cat(chances).argsort(descending=True)
-    keeps = (order.argsort() >= 3).split([layer.size for layer in board.layers])
-    wanted = mask_of(victim.model, board.layers, keeps, "weight")
-    assert {name: keep.tolist() for name, keep in mask.keep.items()} == {
-        name: keep.tolist() for name, keep in wanted.keep.items()
-    }
+    assert torch.cat(list(keeps)).tolist() == (order.argsort() >= 3).tolist()
 
 
 def test_neurons_that_are_as_likely_as_each_other_come_in_random_order(victim):
     board = Peak(victim.model)
     chances = [torch.full((layer.size,), 0.05) for layer in board.layers]
     images = make_images(40, 9)
-    masks = [choose(victim.model, images, board, chances, generator=generator(seed))[1] for seed in (0, 0, 1)]  # type: ignore[arg-type]
-    said = [sorted((name, keep.tolist()) for name, keep in mask.keep.items()) for mask in masks]
-    assert said[0] == said[1] != said[2]
+    found = [choose(victim.model, images, board, chances, generator=generator(seed))[1] for seed in (0, 0, 1)]  # type: ignore[arg-type]
+    first, again, other = (torch.cat(list(keeps)).tolist() for keeps in found)
+    assert first == again != other
 
 
 @pytest.mark.parametrize(("text", "names"), [("none", ()), ("noise", ("noise",)), ("trigger+noise", ("trigger", "noise"))])

@@ -19,10 +19,10 @@ from ...prune.mask import Edit, apply_mask, collapsed
 from ...prune.neurons import growing
 from ...state import seeded
 from ...train import OnNote, OnStep
-from ...types import Candidate, HardMask, ImageSet, Repaired
+from ...types import Candidate, ImageSet, NeuronGraph, Repaired
 from ..evidence import examine, grown
 from .features import features
-from .layers import Residual, layers, mask_of
+from .layers import Layer, Residual, layers, mask_of
 from .signs import Sign, clean_errors, noisy, triggered, unlearned
 
 if TYPE_CHECKING:
@@ -91,7 +91,6 @@ def onp(
     number of neighbours in place of a threshold, and the ranking in the end.
     """
     try:
-        from .env import Pruning
         from .policy import Policy
         from .ppo import Learner, chances, train
         from .saved import load_policy
@@ -109,9 +108,7 @@ def onp(
     fitted, judged = holdout(clean, JUDGED, generator=generator)
     few = fitted.subset(torch.randperm(len(fitted), generator=generator)[:images])
     signs, notes = seek(model, fitted, few, wanted, precision=precision, generator=generator)
-    error = clean_errors(model, few)
-    nodes = features(model, few, found, [error, *signs])
-    env = Pruning(model, found, nodes, error, signs, drop=drop, price=price, edit=edit)
+    env = board(model, few, found, signs, drop=drop, price=price, edit=edit)
     with seeded(generator):
         learner = Learner(start or Policy(width=width), lr=lr)
 
@@ -122,11 +119,18 @@ def onp(
             on_note(f"{done} of {games} games: {said(means)}")
 
     history = train(learner, [env], games=games, on_update=watch, generator=generator)
-    path, mask, chosen_notes = choose(model, judged, env, chances(env, learner.policy), generator=generator)
-    log = {"evaluations": float(env.evaluations)}
-    for when, update in (("first", history[:1]), ("last", history[-1:])):
-        log |= {f"{when}_{name}": value for each in update for name, value in each.items() if name != "evaluations"}
-    return Repaired(apply_mask(model, mask).eval(), mask, path, log, (*notes, *chosen_notes))
+    path, keeps, note = choose(model, judged, env, chances(env, learner.policy), generator=generator)
+    mask = mask_of(model, found, keeps, edit)
+    notes = (*notes, *(f"layer collapse: nothing is left of '{name}'" for name in collapsed(mask)), *(note,) * bool(note))
+    return Repaired(
+        apply_mask(model, mask).eval(),
+        mask,
+        path,
+        log={"evaluations": float(env.evaluations)},
+        notes=notes,
+        history=tuple(history),
+        graphs=tuple(drawn(layer, keep) for layer, keep in zip(found, keeps, strict=True)),
+    )
 
 
 def said(means: Mapping[str, float]) -> str:
@@ -171,24 +175,50 @@ def seek(
     return found, notes
 
 
+def board(
+    model: nn.Module,
+    few: ImageSet,
+    found: Sequence[Layer],
+    signs: Sequence[Sign],
+    *,
+    drop: float,
+    price: float,
+    edit: Edit = "weight",
+) -> Pruning:
+    """Return the game of a network, of its layers and of the signs that are to become small, judged on a few images."""
+    from .env import Pruning
+
+    error = clean_errors(model, few)
+    return Pruning(model, found, features(model, few, found, [error, *signs]), error, signs, drop=drop, price=price, edit=edit)
+
+
 def choose(
     model: nn.Module, judged: ImageSet, env: Pruning, chances: Sequence[Tensor], *, generator: torch.Generator
-) -> tuple[tuple[Candidate, ...], HardMask, tuple[str, ...]]:
+) -> tuple[tuple[Candidate, ...], Sequence[Tensor], str]:
     """Follow the ranking until accuracy on held-out images falls by more than allowed; take the cut of the highest value.
 
     Neurons that are as likely as each other to be cut are drawn in random order.
+
+    Returns:
+        The cuts that were judged, what of each layer is kept, bool ``(size,)``, and a note where the limit may be chance.
     """
     likely = torch.cat(list(chances))
     drawn = torch.randperm(len(likely), generator=generator)
     order = drawn[likely[drawn].argsort(descending=True, stable=True)]
     sizes = [layer.size for layer in env.layers]
-    cuts = {}
+    keeps: dict[float, Sequence[Tensor]] = {}
     for count in growing(len(order) // 2):
         keep = torch.ones(len(order), dtype=torch.bool)
         keep[order[:count]] = False
-        cuts[count / len(order)] = mask_of(model, env.layers, keep.split(sizes), env.edit)
+        keeps[count / len(order)] = keep.split(sizes)
+    cuts = {share: mask_of(model, env.layers, keep, env.edit) for share, keep in keeps.items()}
     path, largest, note = follow(model, judged, cuts, env.drop)
     able = list(cuts.items())[: 1 + next(number for number, mask in enumerate(cuts.values()) if mask is largest)]
-    _, best = max(able, key=lambda item: env.worth(item[1], item[0]))
-    notes = tuple(f"layer collapse: nothing is left of '{name}'" for name in collapsed(best)) + (note,) * bool(note)
-    return path, best, notes
+    best, _ = max(able, key=lambda item: env.worth(item[1], item[0]))
+    return path, keeps[best], note
+
+
+def drawn(layer: Layer, keep: Tensor) -> NeuronGraph:
+    """Return a layer's graph with what is cut, for the report."""
+    edges = tuple((i, j) for i, j in layer.edges.T.tolist() if i < j)
+    return NeuronGraph(layer.sites, layer.size, edges, tuple((~keep).nonzero().flatten().tolist()))
