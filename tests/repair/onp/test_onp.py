@@ -39,6 +39,7 @@ def test_it_takes_a_backdoor_out(victim, repaired):
 def test_the_result_shows_how_it_was_learned_and_what_was_cut_where(victim, repaired):
     assert [entry["games"] for entry in repaired.history] == list(range(8, 129, 8))
     assert repaired.history[-1]["evaluations"] <= repaired.log["evaluations"]
+    assert [each.mask for each in repaired.path].count(repaired.mask) == 1
     found = layers(victim.model, victim.test.shape)
     assert [(graph.sites, graph.size) for graph in repaired.graphs] == [(layer.sites, layer.size) for layer in found]
     keeps = [
@@ -123,7 +124,7 @@ class Peak:
 def test_of_the_affordable_cuts_the_one_of_the_highest_value_is_taken(victim, monkeypatch):
     board = Peak(victim.model)
     chances = list(torch.rand(board.neurons, generator=generator(1)).split([layer.size for layer in board.layers]))
-    _, keeps, _ = choose(victim.model, make_images(40, 9), board, chances, generator=generator(0))  # type: ignore[arg-type]
+    _, _, keeps, _ = choose(victim.model, make_images(40, 9), board, chances, generator=generator(0))  # type: ignore[arg-type]
     order = torch.cat(chances).argsort(descending=True)
     assert torch.cat(list(keeps)).tolist() == (order.argsort() >= 3).tolist()
 
@@ -132,7 +133,7 @@ def test_neurons_that_are_as_likely_as_each_other_come_in_random_order(victim):
     board = Peak(victim.model)
     chances = [torch.full((layer.size,), 0.05) for layer in board.layers]
     images = make_images(40, 9)
-    found = [choose(victim.model, images, board, chances, generator=generator(seed))[1] for seed in (0, 0, 1)]  # type: ignore[arg-type]
+    found = [choose(victim.model, images, board, chances, generator=generator(seed))[2] for seed in (0, 0, 1)]  # type: ignore[arg-type]
     first, again, other = (torch.cat(list(keeps)).tolist() for keeps in found)
     assert first == again != other
 

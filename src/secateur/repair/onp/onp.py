@@ -19,7 +19,7 @@ from ...prune.mask import Edit, apply_mask, collapsed
 from ...prune.neurons import growing
 from ...state import seeded
 from ...train import OnNote, OnStep
-from ...types import Candidate, ImageSet, NeuronGraph, Repaired
+from ...types import Candidate, HardMask, ImageSet, NeuronGraph, Repaired
 from ..evidence import examine, grown
 from .features import features
 from .layers import Layer, Residual, layers, mask_of
@@ -119,8 +119,7 @@ def onp(
             on_note(f"{done} of {games} games: {said(means)}")
 
     history = train(learner, [env], games=games, on_update=watch, generator=generator)
-    path, keeps, note = choose(model, judged, env, chances(env, learner.policy), generator=generator)
-    mask = mask_of(model, found, keeps, edit)
+    path, mask, keeps, note = choose(model, judged, env, chances(env, learner.policy), generator=generator)
     notes = (*notes, *(f"layer collapse: nothing is left of '{name}'" for name in collapsed(mask)), *(note,) * bool(note))
     return Repaired(
         apply_mask(model, mask).eval(),
@@ -194,13 +193,14 @@ def board(
 
 def choose(
     model: nn.Module, judged: ImageSet, env: Pruning, chances: Sequence[Tensor], *, generator: torch.Generator
-) -> tuple[tuple[Candidate, ...], Sequence[Tensor], str]:
+) -> tuple[tuple[Candidate, ...], HardMask, Sequence[Tensor], str]:
     """Follow the ranking until accuracy on held-out images falls by more than allowed; take the cut of the highest value.
 
     Neurons that are as likely as each other to be cut are drawn in random order.
 
     Returns:
-        The cuts that were judged, what of each layer is kept, bool ``(size,)``, and a note where the limit may be chance.
+        The cuts that were judged; the one that is taken, and what of each layer it keeps, bool ``(size,)``; a note where the
+        limit may be chance.
     """
     likely = torch.cat(list(chances))
     drawn = torch.randperm(len(likely), generator=generator)
@@ -214,8 +214,8 @@ def choose(
     cuts = {share: mask_of(model, env.layers, keep, env.edit) for share, keep in keeps.items()}
     path, largest, note = follow(model, judged, cuts, env.drop)
     able = list(cuts.items())[: 1 + next(number for number, mask in enumerate(cuts.values()) if mask is largest)]
-    best, _ = max(able, key=lambda item: env.worth(item[1], item[0]))
-    return path, keeps[best], note
+    best, mask = max(able, key=lambda item: env.worth(item[1], item[0]))
+    return path, mask, keeps[best], note
 
 
 def drawn(layer: Layer, keep: Tensor) -> NeuronGraph:
