@@ -27,7 +27,7 @@ from secateur.data import load_data
 from secateur.models import load_bundle
 from secateur.repair.onp.env import Pruning
 from secateur.repair.onp.layers import layers
-from secateur.repair.onp.onp import board, seek
+from secateur.repair.onp.onp import ACCURATE, board, seek
 from secateur.repair.onp.policy import Policy
 from secateur.repair.onp.ppo import Learner, train
 from secateur.repair.onp.saved import save_policy
@@ -95,12 +95,13 @@ def boards(victim: Node, store: Store, given: argparse.Namespace) -> Iterator[Pr
     model = load_bundle(store.folder(victim.key) / "model")
     clean = load_data(store.folder(victim.parents["data"]) / "clean.npz")
     random = generator(given.seed)
-    few = clean.subset(torch.randperm(len(clean), generator=random)[: given.images])
+    drawn = torch.randperm(len(clean), generator=random)
+    few, more = clean.subset(drawn[: given.images]), clean.subset(drawn[: ACCURATE * given.images])
     found = layers(model, clean.shape, degree=given.degree)
     names = sorted({name for some in SETS for name in some})
     signs = dict(zip(names, seek(model, clean, few, names, precision="bfloat16", generator=random)[0], strict=True))
     for some in SETS:
-        yield board(model, few, found, [signs[name] for name in some], drop=given.drop, price=given.price)
+        yield board(model, more, found, [signs[name] for name in some], drop=given.drop, price=given.price)
 
 
 if __name__ == "__main__":

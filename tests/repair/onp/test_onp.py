@@ -14,6 +14,7 @@ from secateur.errors import DataError, MethodError, ModelError
 from secateur.measure import evaluate
 from secateur.prune.mask import removed
 from secateur.repair.onp import onp
+from secateur.repair.onp.env import Standing
 from secateur.repair.onp.layers import layers, mask_of
 from secateur.repair.onp.onp import choose, read_proxies
 from secateur.state import generator
@@ -108,33 +109,69 @@ def test_a_cut_takes_a_channel_at_all_sites_of_its_stream():
     }
 
 
-class Peak:
-    """A board on which three neurons less are worth most."""
+class Board:
+    """A board on which what a cut does follows from how many neurons it takes."""
 
-    drop, edit = 1.0, "weight"
+    drop, price, edit = 0.1, 0.0, "weight"
 
-    def __init__(self, model):
+    def __init__(self, model, sign, rise=lambda gone: 0.0):
         self.layers = layers(model, (1, 12, 12))
         self.neurons = sum(layer.size for layer in self.layers)
+        self.sign, self.rise, self.ends = sign, rise, []
 
-    def worth(self, mask, cut):
-        return -abs(round(cut * self.neurons) - 3)
+    def stand(self, keeps):
+        gone = sum(int((~keep).sum()) for keep in keeps)
+        return Standing(self.rise(gone), {"a": self.sign(gone)}, gone / self.neurons)
+
+    def chances(self, seed=1):
+        drawn = torch.rand(self.neurons, generator=generator(seed))
+        return list(drawn.split([layer.size for layer in self.layers]))
 
 
-def test_of_the_affordable_cuts_the_one_of_the_highest_value_is_taken(victim, monkeypatch):
-    board = Peak(victim.model)
-    chances = list(torch.rand(board.neurons, generator=generator(1)).split([layer.size for layer in board.layers]))
-    _, _, keeps, _ = choose(victim.model, make_images(40, 9), board, chances, generator=generator(0))  # type: ignore[arg-type]
-    order = torch.cat(chances).argsort(descending=True)
-    assert torch.cat(list(keeps)).tolist() == (order.argsort() >= 3).tolist()
+def cut_of(keeps):
+    return (~torch.cat(list(keeps))).nonzero().flatten().tolist()
+
+
+def chosen(model, board, chances=None, images=None, seed=0):
+    chances = board.chances() if chances is None else chances
+    return choose(model, images or make_images(40, 9), board, chances, generator=generator(seed))
+
+
+def test_along_the_ranking_the_cut_with_the_lowest_signs_is_taken(victim):
+    board = Board(victim.model, lambda gone: abs(gone - 3) / 100)
+    board.drop = 1.0
+    path, mask, keeps = chosen(victim.model, board)
+    assert cut_of(keeps) == sorted(torch.cat(board.chances()).topk(3).indices.tolist())
+    assert path[-1].mask is mask
+    assert len(path) == 1
+
+
+def test_the_end_of_a_game_is_taken_where_it_is_better(victim):
+    board = Board(victim.model, lambda gone: 0.5)
+    board.drop = 1.0
+    keeps = tuple(torch.arange(layer.size) != 1 for layer in board.layers)
+    board.ends = [(Standing(0.0, {"a": 0.4}, 0.1), keeps), (Standing(1.1, {"a": 0.1}, 0.1), (*keeps[:-1], ~keeps[-1]))]
+    assert all(torch.equal(one, other) for one, other in zip(chosen(victim.model, board)[2], keeps, strict=True))
+
+
+def test_what_costs_too_much_on_images_of_the_game_or_on_others_is_not_taken(victim):
+    board = Board(victim.model, lambda gone: -gone / 1000, rise=lambda gone: 0.2 if gone > 40 else 0.0)
+    path, _, keeps = chosen(victim.model, board, images=make_images(200, 9))
+    assert 0 < len(cut_of(keeps)) < 40
+    rates = [each.holdout.value for each in path]
+    whole = evaluate(victim.model, make_images(200, 9)).accuracy.value
+    assert all(rate < whole - 0.1 for rate in rates[:-1])
+    assert rates[-1] >= whole - 0.1
+    assert len(path) > 1
+    board.rise = lambda gone: float(gone > 0)
+    assert cut_of(chosen(victim.model, board)[2]) == []
 
 
 def test_neurons_that_are_as_likely_as_each_other_come_in_random_order(victim):
-    board = Peak(victim.model)
+    board = Board(victim.model, lambda gone: abs(gone - 3) / 100)
+    board.drop = 1.0
     chances = [torch.full((layer.size,), 0.05) for layer in board.layers]
-    images = make_images(40, 9)
-    found = [choose(victim.model, images, board, chances, generator=generator(seed))[2] for seed in (0, 0, 1)]  # type: ignore[arg-type]
-    first, again, other = (torch.cat(list(keeps)).tolist() for keeps in found)
+    first, again, other = (cut_of(chosen(victim.model, board, chances, seed=seed)[2]) for seed in (0, 0, 1))
     assert first == again != other
 
 

@@ -17,7 +17,7 @@ from secateur.repair.onp import signs
 from secateur.repair.onp.env import CONTEXT, Pruning
 from secateur.repair.onp.features import NAMES, features
 from secateur.repair.onp.layers import layers
-from secateur.repair.onp.policy import SHY, Policy, together
+from secateur.repair.onp.policy import RULE, SHY, Policy, together
 from secateur.repair.onp.ppo import GAMMA, LAMBDA, Learner, Played, chances, play, train
 from secateur.state import generator
 from secateur.types import ChannelMask
@@ -110,7 +110,7 @@ def test_a_policy_starts_shy_and_sees_neighbours_where_there_are_any(env):
         if not graph:
             shown = [each._replace(edges=each.edges[:0], edge_links=each.edge_links[:0]) for each in shown]
         torch.manual_seed(0)
-        policy = Policy()
+        policy = Policy(rule=False)
         logits, values = policy(together(shown))
         assert logits.tolist() == pytest.approx([SHY] * len(logits))
         assert values.shape == (len(shown),)
@@ -121,6 +121,15 @@ def test_a_policy_starts_shy_and_sees_neighbours_where_there_are_any(env):
         moved = (policy(together(apart))[0] - whole).abs() > 1e-6
         assert bool(moved[1])
         assert bool(moved[torch.arange(len(moved)) != 1].any()) == graph
+
+
+def test_a_new_policy_cuts_the_likelier_the_further_a_slope_stands_out(env):
+    [shown] = shown_by(env)[:1]
+    slopes = shown.nodes[:, [NAMES.index(f"{name} in the network") for name in ("noise", "unlearned", "trigger")]]
+    slopes[:3] = [[1.0, -2.0, 3.0], [0.5, 0.0, 0.0], [-1.0, -1.0, -1.0]]
+    shown.nodes[:, [NAMES.index(f"{name} in the network") for name in ("noise", "unlearned", "trigger")]] = slopes
+    logits, _ = Policy()(together([shown]))
+    assert logits[:3].tolist() == pytest.approx([SHY + 3 * RULE, SHY + 0.5 * RULE, SHY])
 
 
 def test_a_batch_of_layers_is_seen_as_each_alone(env):

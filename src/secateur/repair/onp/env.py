@@ -96,6 +96,7 @@ class Pruning(gymnasium.Env):
         )  # it allows of no edges without a feature
         self.action_space = spaces.MultiBinary(max(layer.size for layer in layers))
         self.evaluations = 0
+        self.ends: list[tuple[Standing, tuple[Tensor, ...]]] = []
         self._first = error(ChannelMask({}))
         self._keeps: list[Tensor] = []
         self.standing = self._stand(ChannelMask({}), 0.0)
@@ -130,6 +131,8 @@ class Pruning(gymnasium.Env):
         if bool(cut.any()):
             self.standing = self._stand(self.mask, sum(int((~keep).sum()) for keep in self._keeps) / self.neurons)
         done = self._next < 0
+        if done:
+            self.ends.append((self.standing, tuple(reversed(self._keeps))))
         reward = self.value(self.standing) - before
         info = {"rise": self.standing.rise, "cut": self.standing.cut, **self.standing.signs}
         return self._observation(), reward, done, False, info
@@ -144,9 +147,10 @@ class Pruning(gymnasium.Env):
         moved = self.layers[len(self.layers) - len(self._keeps) :]
         return mask_of(self.model, moved, self._keeps[::-1], self.edit)
 
-    def worth(self, mask: HardMask, cut: float) -> float:
-        """Return what a game that ends with a mask is worth, of which a share ``cut`` of all neurons is cut."""
-        return self.value(self._stand(mask, cut))
+    def stand(self, keeps: Sequence[Tensor]) -> Standing:
+        """Return where a game stands that ends with these neurons: what is kept, bool ``(size,)`` for each layer."""
+        gone = sum(int((~keep).sum()) for keep in keeps)
+        return self._stand(mask_of(self.model, self.layers, keeps, self.edit), gone / self.neurons)
 
     def _stand(self, mask: HardMask, cut: float) -> Standing:
         self.evaluations += 1

@@ -17,7 +17,8 @@ from ..bnp import Moments, divergence, watch
 from .layers import Feeding, Layer
 from .signs import Sign
 
-SLOPES = "error", "noise", "unlearned", "trigger"
+SIGNS = "noise", "unlearned", "trigger"
+SLOPES = "error", *SIGNS
 OWN = "fed", "feeds", "scale", "shift", "mean", "variance", "activation", "spread", "lipschitz", "divergence"
 PLACE = "depth", "size", "tied"
 NAMES = (*(f"{name} in its layer" for name in (*OWN, *SLOPES)), *(f"{name} in the network" for name in SLOPES), *PLACE)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ...data import holdout
 from ...detect import Precision
 from ...errors import MethodError, check_choice, check_range
-from ...prune.grammar import follow
-from ...prune.mask import Edit, apply_mask, collapsed
+from ...forward import Incremental
+from ...measure import wilson
+from ...prune.mask import Edit, apply_mask, collapsed, masked_values, removed
 from ...prune.neurons import growing
 from ...state import seeded
 from ...train import OnNote, OnStep
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from .env import Pruning
 
 PROXIES = "trigger", "unlearned", "noise"
-JUDGED = 0.25  # share of the clean images that chooses how far to go along the policy's ranking
+JUDGED = 0.25  # share of the clean images that are kept for the choice among cuts
+ACCURATE = 4  # times as many images tell accuracy as tell a sign: to lose ``drop`` is less to see
+LISTED = 32  # cuts that are judged in the end, at most
 
 
 def onp(
@@ -57,17 +60,18 @@ def onp(
     A game goes from the last layer to the first. For each, the policy sees a graph of its neurons (see
     `secateur.repair.onp.layers` and `features`) and says which go; a move is rewarded by how much it lowers the signs of a
     backdoor, less what it costs in accuracy beyond ``drop``, at a price that follows from what earlier games lost (a Lagrange
-    multiplier). The policy learns by PPO. In the end the neurons are ranked by how likely it cuts them, and of the cuts along
-    this ranking that cost at most ``drop`` on held-out images, the one with the lowest signs is taken.
+    multiplier). The policy learns by PPO. In the end the neurons are ranked by how likely it cuts them; of the cuts along this
+    ranking and the ends of all games, the one with the lowest signs is taken that costs at most ``drop`` on held-out images.
 
     Args:
         model: Takes images in [0, 1]; not changed.
         clean: Labelled clean images: three quarters are learned from, a quarter chooses how much to cut.
         proxies: What shows a backdoor, joined by ``+``: inverted ``trigger``s, an ``unlearned`` copy, neuron ``noise``; or
             ``none``.
-        policy: Folder of a policy to start from (see `secateur.repair.onp.saved`); without one it starts anew.
-        games: To learn from, >= 0. With 0 a policy is used as it is; without one the ranking is random.
-        images: Clean images that moves are judged on, >= 1.
+        policy: Folder of a policy to start from (see `secateur.repair.onp.saved`). Without one it starts as a rule: the further
+            the slope of a sign stands out, the likelier the neuron is cut. ``random`` starts without that.
+        games: To learn from, >= 0. With 0 the policy is used as it is.
+        images: Clean images that tell a sign, >= 1; accuracy is told by up to four times as many.
         drop: Clean accuracy that the cut may cost, in [0, 1].
         price: Of cutting all neurons, >= 0, where the signs are worth at most 1.
         lr: Learning rate of the policy, > 0.
@@ -103,14 +107,15 @@ def onp(
     check_range("drop", drop, 0, 1)
     check_range("price", price, 0, 1e6)
     wanted = read_proxies(proxies)
-    start = load_policy(policy) if policy else None  # refused now, not after the inversion
+    start = load_policy(policy) if policy not in ("", "random") else None  # refused now, not after the inversion
     found = layers(model, clean.shape, degree=degree, residual=residual)
     fitted, judged = holdout(clean, JUDGED, generator=generator)
-    few = fitted.subset(torch.randperm(len(fitted), generator=generator)[:images])
+    drawn = torch.randperm(len(fitted), generator=generator)
+    few, more = fitted.subset(drawn[:images]), fitted.subset(drawn[: ACCURATE * images])
     signs, notes = seek(model, fitted, few, wanted, precision=precision, generator=generator)
-    env = board(model, few, found, signs, drop=drop, price=price, edit=edit)
+    env = board(model, more, found, signs, drop=drop, price=price, edit=edit)
     with seeded(generator):
-        learner = Learner(start or Policy(width=width), lr=lr)
+        learner = Learner(start or Policy(width=width, rule=policy != "random"), lr=lr)
 
     def watch(done: int, means: Mapping[str, float]) -> None:
         if on_step is not None:
@@ -119,8 +124,8 @@ def onp(
             on_note(f"{done} of {games} games: {said(means)}")
 
     history = train(learner, [env], games=games, on_update=watch, generator=generator)
-    path, mask, keeps, note = choose(model, judged, env, chances(env, learner.policy), generator=generator)
-    notes = (*notes, *(f"layer collapse: nothing is left of '{name}'" for name in collapsed(mask)), *(note,) * bool(note))
+    path, mask, keeps = choose(model, judged, env, chances(env, learner.policy), generator=generator)
+    notes = (*notes, *(f"layer collapse: nothing is left of '{name}'" for name in collapsed(mask)))
     return Repaired(
         apply_mask(model, mask).eval(),
         mask,
@@ -128,7 +133,7 @@ def onp(
         log={"evaluations": float(env.evaluations)},
         notes=notes,
         history=tuple(history),
-        graphs=tuple(drawn(layer, keep) for layer, keep in zip(found, keeps, strict=True)),
+        graphs=tuple(picture(layer, keep) for layer, keep in zip(found, keeps, strict=True)),
     )
 
 
@@ -176,7 +181,7 @@ def seek(
 
 def board(
     model: nn.Module,
-    few: ImageSet,
+    clean: ImageSet,
     found: Sequence[Layer],
     signs: Sequence[Sign],
     *,
@@ -184,41 +189,52 @@ def board(
     price: float,
     edit: Edit = "weight",
 ) -> Pruning:
-    """Return the game of a network, of its layers and of the signs that are to become small, judged on a few images."""
+    """Return the game of a network, of its layers, its accuracy on clean images, and the signs that are to become small."""
     from .env import Pruning
 
-    error = clean_errors(model, few)
-    return Pruning(model, found, features(model, few, found, [error, *signs]), error, signs, drop=drop, price=price, edit=edit)
+    error = clean_errors(model, clean)
+    return Pruning(
+        model, found, features(model, clean, found, [error, *signs]), error, signs, drop=drop, price=price, edit=edit
+    )
 
 
 def choose(
     model: nn.Module, judged: ImageSet, env: Pruning, chances: Sequence[Tensor], *, generator: torch.Generator
-) -> tuple[tuple[Candidate, ...], HardMask, Sequence[Tensor], str]:
-    """Follow the ranking until accuracy on held-out images falls by more than allowed; take the cut of the highest value.
+) -> tuple[tuple[Candidate, ...], HardMask, Sequence[Tensor]]:
+    """Return the cut with the lowest signs that is affordable on images that nothing was learned from.
 
-    Neurons that are as likely as each other to be cut are drawn in random order.
+    Candidates are the ends of all games, and cuts along the ranking of the neurons by how likely each is cut (those that are as
+    likely as each other in random order). Of those that are affordable on the images of the game, `LISTED` with the lowest
+    signs are judged one after the other, until one is.
 
     Returns:
-        The cuts that were judged; the one that is taken, and what of each layer it keeps, bool ``(size,)``; a note where the
-        limit may be chance.
+        The cuts that were judged; the one that is taken, and what of each layer it keeps, bool ``(size,)``.
     """
     likely = torch.cat(list(chances))
     drawn = torch.randperm(len(likely), generator=generator)
     order = drawn[likely[drawn].argsort(descending=True, stable=True)]
     sizes = [layer.size for layer in env.layers]
-    keeps: dict[float, Sequence[Tensor]] = {}
+    ends = list(env.ends)
     for count in growing(len(order) // 2):
         keep = torch.ones(len(order), dtype=torch.bool)
         keep[order[:count]] = False
-        keeps[count / len(order)] = keep.split(sizes)
-    cuts = {share: mask_of(model, env.layers, keep, env.edit) for share, keep in keeps.items()}
-    path, largest, note = follow(model, judged, cuts, env.drop)
-    able = list(cuts.items())[: 1 + next(number for number, mask in enumerate(cuts.values()) if mask is largest)]
-    best, mask = max(able, key=lambda item: env.worth(item[1], item[0]))
-    return path, mask, keeps[best], note
+        ends.append((env.stand(keep.split(sizes)), keep.split(sizes)))
+    distinct = {torch.cat(keeps).numpy().tobytes(): (standing, keeps) for standing, keeps in ends}
+    able = [(standing, keeps) for standing, keeps in distinct.values() if standing.rise <= env.drop]
+    able.sort(key=lambda end: end[0].sign + env.price * end[0].cut)
+    nothing = next(end for end in able if end[0].cut == 0)
+    evaluator, path = Incremental(model, judged), []
+    before = evaluator.correct({})
+    for standing, keeps in [*able[:LISTED], nothing]:
+        mask = mask_of(model, env.layers, keeps, env.edit)
+        right = evaluator.correct(masked_values(model, mask))
+        path.append(Candidate(standing.cut, sum(removed(mask).values()), mask, wilson(int(right.sum()), len(right))))
+        if int(before.sum()) - int(right.sum()) <= env.drop * len(right) + 1e-9:
+            return tuple(path), mask, keeps
+    raise AssertionError("to cut nothing loses nothing")
 
 
-def drawn(layer: Layer, keep: Tensor) -> NeuronGraph:
+def picture(layer: Layer, keep: Tensor) -> NeuronGraph:
     """Return a layer's graph with what is cut, for the report."""
     edges = tuple((i, j) for i, j in layer.edges.T.tolist() if i < j)
     return NeuronGraph(layer.sites, layer.size, edges, tuple((~keep).nonzero().flatten().tolist()))

@@ -12,9 +12,10 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.nn import SAGEConv, global_max_pool, global_mean_pool
 
 from .env import CONTEXT
-from .features import NAMES
+from .features import NAMES, SIGNS
 
-SHY = -3.0  # log-odds of a cut before anything is learned
+SHY, RULE = -4.0, 1.0  # log-odds of a cut before anything is learned, and what a standard deviation of slope adds to them
+SLOPES = tuple(NAMES.index(f"{name} in the network") for name in SIGNS)
 
 
 class Graphs(NamedTuple):
@@ -34,10 +35,11 @@ class Graphs(NamedTuple):
 class Policy(nn.Module):
     """Two graph convolutions (GraphSAGE, arXiv:1706.02216) over a layer, one head for its nodes and one for the game.
 
-    In a layer without edges each neuron is looked at alone: a multilayer perceptron.
+    It starts as a rule, by which a neuron is cut the likelier the further its largest slope stands out (see `features`), and
+    learns what to add to that. In a layer without edges each neuron is looked at alone: a multilayer perceptron.
     """
 
-    def __init__(self, *, width: int = 32) -> None:
+    def __init__(self, *, width: int = 32, rule: bool = True) -> None:
         super().__init__()
         self.width = width
         self.enter = nn.Linear(len(NAMES) + len(CONTEXT), width)
@@ -46,6 +48,7 @@ class Policy(nn.Module):
         self.judge = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1))
         nn.init.zeros_(self.act.weight)
         nn.init.constant_(self.act.bias, SHY)
+        self.rule = nn.Parameter(torch.tensor(RULE if rule else 0.0))
 
     def forward(self, shown: Graphs) -> tuple[Tensor, Tensor]:
         """Return the log-odds of a cut for each node, ``(nodes,)``, and the value of each graph, ``(graphs,)``."""
@@ -53,7 +56,8 @@ class Policy(nn.Module):
         for layer in self.mix:
             x = x + F.relu(layer(x, shown.edges))
         pooled = torch.cat([global_mean_pool(x, shown.of), global_max_pool(x, shown.of)], dim=1)
-        return self.act(x).squeeze(1), self.judge(pooled).squeeze(1)
+        slopes = shown.x[:, SLOPES].amax(1).clamp_min(0)
+        return self.act(x).squeeze(1) + self.rule * slopes, self.judge(pooled).squeeze(1)
 
 
 def together(observations: Sequence[Any]) -> Graphs:
