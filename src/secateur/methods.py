@@ -134,7 +134,7 @@ TABLE: tuple[Method, ...] = (
     Method("score", "random", "secateur.prune.magnitude:random", 1, "control"),
     Method("repair", "anp", "secateur.repair.anp:anp", 1, "NeurIPS 2021, arXiv:2110.14430", {"iterations": 8}),
     Method(
-        "repair", "auto", "secateur.repair.auto:auto", 2,
+        "repair", "auto", "secateur.repair.auto:auto", 3,
         "ours, from arXiv:2110.14430, 2305.14876, 1606.09282, 2109.01903 and others",
         {"steps": 4, "iterations": 4, "epochs": 1},
     ),

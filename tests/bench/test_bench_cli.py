@@ -133,8 +133,7 @@ def test_a_table_from_its_cells_needs_neither_store_nor_images(home, tmp_path, c
     assert bench(home, "report", "--output", str(tmp_path / "cells.csv")) == 0
     assert bench(home, "report") == 0
     table = capsys.readouterr().out
-    arguments = ["--cells", str(tmp_path / "cells.csv"), "--data", "no.npz", "--store", str(tmp_path / "none")]
-    assert run(["bench", "report", str(home / "tiny.toml"), *arguments]) == 0
+    assert run(["bench", "report", str(home / "tiny.toml"), "--cells", str(tmp_path / "cells.csv"), "--store", "none"]) == 0
     assert capsys.readouterr().out == table
 
 
@@ -166,7 +165,10 @@ def test_reindex(home, capsys):
             "cannot write no/such/folder.csv: No such file or directory",
         ),
         (["report", "{plan}", "--cells", "no.csv"], "cannot read no.csv: No such file or directory"),
-        (["report", "{plan}", "--cells", "no.csv", "--format", "provenance"], "provenance stands in the store alone"),
+        (
+            ["report", "{plan}", "--cells", "no.csv", "--format", "provenance"],
+            "provenance stands in the store alone; leave out one or the other",
+        ),
         (["reindex", "--store", "no-store"], "no-store; run the plan first, or name another with --store"),
         (["status", "{plan}", "--store", "no-store"], "no-store; run the plan first, or name another with --store"),
         (["report", "{plan}", "--store", "no-store"], "no-store; run the plan first, or name another with --store"),

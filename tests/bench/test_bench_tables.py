@@ -257,15 +257,24 @@ def test_over_attacks_says_how_many_are_repaired_and_what_it_cost(tmp_path):
     found = {row.defence.repair: row for row in tables.over_attacks(table.rows(), table.plan)}
     assert (found["tuned"].repaired, found["none"].repaired) == (1, 0)
     assert found["none"].lost is None
-    mean, most, attack = found["tuned"].lost
-    assert (mean, most, attack) == (pytest.approx(0.03), pytest.approx(0.05), "Blended")
+    assert found["tuned"].lost == tables.Lost(pytest.approx(0.03), pytest.approx(0.05), "Blended", 2)
     assert section(table.render(), "Over attacks")[-1][-3:] == ["1 of 2", "3.0", "5.0 (Blended)"]
 
 
 def test_without_a_benign_network_nobody_knows_what_is_repaired(tmp_path):
     table = Table(tmp_path, PLAN.replace('[[backdoor]]\nname = "none"\n', ""))
     table.fill()
-    assert {row.repaired for row in tables.over_attacks(table.rows(), table.plan)} == {None}
+    assert {row.known for row in tables.over_attacks(table.rows(), table.plan)} == {0}
+    assert section(table.render(), "Over attacks")[-1][-3] == "-"
+
+
+def test_what_is_not_measured_yet_is_not_counted_as_not_repaired(tmp_path):
+    table = Table(tmp_path)
+    table.fill([cell for cell in table.graph.cells if "Blended" not in (cell.backdoor, cell.trigger) or cell.repair == "tuned"])
+    [row] = [row for row in tables.over_attacks(table.rows(), table.plan) if row.defence.repair == "tuned"]
+    assert (row.attacks, row.known, row.lost.known) == (2, 1, 1)
+    shown = {line[0]: line[-3:] for line in section(table.render(), "Over attacks")}
+    assert shown["tuned"] == ["0 of 1", "-0.5, 1 of 2", "-0.5 (BadNets)"]
 
 
 @pytest.mark.parametrize("format", ["text", "csv", "md"])
@@ -294,19 +303,38 @@ def test_cells_that_a_csv_lacks_are_to_do(full, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("net,BadNets,", "net,Other,", r"plan 'small' has no cell net / Other / BadNets / none / none / 0"),
-        (",done,", ",fine,", "state is fine"),
-        (",done,0.", ",done,much.", "could not convert string to float"),
-        (",1000,", ",,", "accuracy_n"),
-        ("state", "stat", "state"),
-        ("model", "\0\udcff", "utf-8|without a name|NUL"),
+        ("net,BadNets,", "net,Other,", r"the plan has no cell net / Other / BadNets / none / none / 0"),
+        (",done,", ",fine,", "state must be one of done, failed, skipped, todo, got fine"),
+        (",done,0.", ",done,much.", "accuracy must be a number, got much"),
+        (",done,0.", ",done,80.", r"accuracy must be a share in \[0, 1\] with low, high and n, got 80"),
+        (",done,0.8", ",done,nan", "accuracy must be finite, got nan"),
+        (",1000,", ",,", r"accuracy must be a share in \[0, 1\] with low, high and n, got 0"),
+        ("state", "stat", "it has no column state"),
+        ("victim_seed", "\0\udcff", "can't decode|NUL|no column"),
+        ("net,BadNets,BadNets,,none,none,1", "net,BadNets,BadNets,,none,none,0", "stands there twice"),
     ],
 )
 def test_a_csv_of_something_else_is_one_line(full, tmp_path, old, new, said):
+    assert old in full.render("csv")
     (tmp_path / "cells.csv").write_bytes(full.render("csv").replace(old, new).encode(errors="surrogateescape"))
-    with pytest.raises(DataError, match=rf"is not a table of this plan: .*({said}).*; give the plan") as error:
+    with pytest.raises(DataError, match=rf"is no table of plan 'small': .*({said}).*; give a CSV") as error:
         export.read_csv(tmp_path / "cells.csv", full.plan, full.graph)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "hello\n"])
+def test_what_is_no_table_is_not_taken_for_an_empty_one(full, tmp_path, text):
+    (tmp_path / "cells.csv").write_text(text)
+    with pytest.raises(DataError, match="it has no column model, backdoor"):
+        export.read_csv(tmp_path / "cells.csv", full.plan, full.graph)
+
+
+def test_rates_are_exact_again_where_a_csv_has_few_digits(full, tmp_path):
+    old = full.render("csv")
+    (tmp_path / "cells.csv").write_text(old.replace(",0.8,", ",0.8004,"))
+    found = export.read_csv(tmp_path / "cells.csv", full.plan, full.graph)
+    assert full.cells()
+    assert {row.rates["accuracy"]["value"] for row in found} >= {0.8}
 
 
 def test_a_csv_that_is_not_there(full, tmp_path):
@@ -388,13 +416,13 @@ def test_one_victim_says_so(tmp_path):
     assert json.loads(table.render("json"))["groups"][1]["stats"]["accuracy"]["summary"]["low"] is None
 
 
-def test_csv_has_a_line_per_cell_with_fixed_floats(full):
+def test_csv_has_a_line_per_cell(full):
     rows = list(csv.DictReader(io.StringIO(full.render("csv"))))
     assert len(rows) == len(full.graph.cells)
     row = next(row for row in rows if row["backdoor"] == "BadNets" and row["repair"] == "tuned")
     assert list(row)[: len(COLUMNS) + 5] == [*COLUMNS, "state", "accuracy", "accuracy_low", "accuracy_high", "accuracy_n"]
-    assert (row["clean"], row["attack_success"], row["attack_success_n"]) == ("0.05", "0.5000", "1000")
-    assert (row["removed_share"], row["parameters"], row["nonzero"], row["error"]) == ("0.2500", "100", "90", "")
+    assert (row["clean"], row["attack_success"], row["attack_success_n"]) == ("0.05", "0.5", "1000")
+    assert (row["removed_share"], row["parameters"], row["nonzero"], row["error"]) == ("0.25", "100", "90", "")
     assert "seconds" not in row
     costly = next(csv.DictReader(io.StringIO(full.render("csv", with_cost=True))))
     assert (costly["seconds"], costly["host"]) == ("2.0000", "here")
@@ -499,7 +527,9 @@ def test_parquet_needs_pyarrow(full, tmp_path, monkeypatch):
 
 def test_tables_need_nothing_heavy():
     heavy = ("torch", "numpy", "scipy", "pyarrow")
-    code = f"import sys, {tables.__name__}, {layout.__name__}; sys.exit(any(m in sys.modules for m in {heavy}))"
+    code = (
+        f"import sys, {tables.__name__}, {layout.__name__}, {export.__name__}; sys.exit(any(m in sys.modules for m in {heavy}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +31,7 @@ from .tables import (
 )
 
 FORMATS = ("text", "csv", "json", "md")
-FLOAT = "{:.4f}"
+FLOAT = "{:.10g}"
 OWN: Mapping[str, type] = {  # columns that a row has of its own
     "removed_share": float,
     "flagged": int,
@@ -94,37 +95,58 @@ def read_csv(path: str | Path, plan: Plan, graph: Graph) -> list[Row]:
         DataError: The file cannot be read, or is not a table of this plan.
     """
     kinds = _columns(plan, with_cost=True)
-    cells = {tuple(_plain(name, kinds[name], getattr(cell, name)) for name in COLUMNS): cell for cell in graph.cells}
+    cells = {tuple(_plain(kinds[name], getattr(cell, name)) for name in COLUMNS): cell for cell in graph.cells}
     found: dict[tuple[str, ...], Row] = {}
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            for line in csv.DictReader(file, strict=True):
-                where = tuple(line.get(name) or "" for name in COLUMNS)
+            lines = csv.DictReader(file, strict=True)
+            needed = [name for name in kinds if name not in (*OWN, *COST, *VISIBILITY)]
+            lacking = [name for name in needed if name not in (lines.fieldnames or ())]
+            if lacking:
+                raise ValueError(f"it has no column {', '.join(lacking)}")
+            for line in lines:
+                where = tuple(line[name] or "" for name in COLUMNS)
+                shown = " / ".join(filter(None, where))
                 if where not in cells:
-                    raise ValueError(f"plan '{plan.name}' has no cell {' / '.join(filter(None, where)) or 'without a name'}")
-                found[where] = _row(
-                    cells[where], {name: kind(line[name]) for name, kind in kinds.items() if line.get(name)}, plan
-                )
+                    raise ValueError(f"the plan has no cell {shown or 'without a name'}")
+                if where in found:
+                    raise ValueError(f"cell {shown} stands there twice")
+                given = {name: _number(name, kind, line[name]) for name, kind in kinds.items() if line.get(name)}
+                found[where] = _row(cells[where], given, plan)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}; give a CSV that secateur bench report wrote") from None
     except (LookupError, ValueError, csv.Error) as error:  # text that is no UTF-8 is a ValueError too
         raise DataError(
-            f"{path} is not a table of this plan: {plain(str(error))}; give the plan that it was made from"
+            f"{path} is no table of plan '{plan.name}': {plain(str(error))}; give a CSV that secateur bench report wrote for it"
         ) from None
     return [found.get(where) or Row(cell, "todo") for where, cell in cells.items()]
 
 
+def _number(name: str, kind: type, text: str | None) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a number, got {text}") from None
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {text}")
+    return value
+
+
 def _row(cell: Cell, given: Mapping[str, Any], plan: Plan) -> Row:
-    if given["state"] not in get_args(State):
-        raise ValueError(f"state is {given['state']}")
-    rates = {
-        metric: {"value": given[metric], **{part: given[f"{metric}_{part}"] for part in ("low", "high", "n")}}
-        for metric in plan.metrics
-        if metric in given
-    }
+    if given.get("state") not in get_args(State):
+        raise ValueError(f"state must be one of {', '.join(get_args(State))}, got {given.get('state', 'nothing')}")
+    rates = {metric: _rate(metric, given) for metric in plan.metrics if metric in given}
     own = {name: given[name] for name in (*OWN, *COST) if name in given}
     visibility = {name: given[name] for name in VISIBILITY if name in given}
     return Row(cell, given["state"], rates=rates, visibility=visibility, **own)
+
+
+def _rate(metric: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {part: given[f"{metric}_{part}"] for part in ("low", "high", "n") if f"{metric}_{part}" in given}
+    value, n = given[metric], parts.get("n", 0)
+    if len(parts) < 3 or not 0 <= value <= 1 or n < 1:
+        raise ValueError(f"{metric} must be a share in [0, 1] with low, high and n, got {value:g}")
+    return {"value": round(value * n) / n, **parts}  # of n images: exact again where the file has few digits
 
 
 def _columns(plan: Plan, with_cost: bool) -> dict[str, type]:
@@ -156,15 +178,15 @@ def _csv(rows: Iterable[Row], plan: Plan, with_cost: bool) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in sorted(rows, key=_order):
-        writer.writerow([_plain(name, columns[name], value) for name, value in _record(row, columns).items()])
+        writer.writerow([_plain(columns[name], value) for name, value in _record(row, columns).items()])
     return text.getvalue()
 
 
-def _plain(column: str, kind: type, value: Any) -> str:
+def _plain(kind: type, value: Any) -> str:
     if value is None:
         return ""
     if kind is float:
-        return f"{value:.10g}" if column == "clean" else FLOAT.format(value)
+        return FLOAT.format(value)
     return plain(str(value))
 
 
@@ -185,8 +207,7 @@ def _json(rows: Sequence[Row], plan: Plan, with_cost: bool) -> str:
 
 def _cell_json(row: Row, plan: Plan, with_cost: bool) -> dict[str, Any]:
     values = {**vars(row.cell), **vars(row)}
-    names = [*COLUMNS, "state", "error", "parameters", "nonzero", "macs", "removed_share", "flagged", "note"]
-    kept = {name: values[name] for name in (*names, *(("seconds", "host") if with_cost else ()))}
+    kept = {name: values[name] for name in (*COLUMNS, "state", *OWN, *(COST if with_cost else ()))}
     return {**kept, "rates": {metric: row.rates.get(metric) for metric in plan.metrics}}
 
 

@@ -11,7 +11,7 @@ from ..report.markdown import escape
 from ..report.wording import plain, signed
 from .nodes import COLUMNS
 from .plan import Plan
-from .stats import Block, Summary
+from .stats import Block, Summary, wilson
 from .tables import (
     ATTACK,
     REPAIRED,
@@ -192,12 +192,12 @@ def _attacks(rows: Sequence[Row], plan: Plan) -> Section:
             known = metric in row.mean
             cells.append(f"{_pc(row.mean[metric])}{star}" if known else _empty(row.count))
             cells.append(f"{_pc(row.worst[metric])} ({row.worst_attack[metric]}){star}" if known else NOTHING)
-        cells.append(NOTHING if row.repaired is None else f"{row.repaired} of {row.attacks}{star}")
+        cells.append(f"{row.repaired} of {row.known}{star}" if row.known else NOTHING)
         if row.lost is None:
             cells += [NOTHING, NOTHING]
         else:
-            mean, most, attack = row.lost
-            cells += [f"{_pc(mean)}{star}", f"{_pc(most)} ({attack}){star}"]
+            some = "" if row.lost.known == row.planned else f", {row.lost.known} of {row.planned}"
+            cells += [f"{_pc(row.lost.mean)}{some}{star}", f"{_pc(row.lost.most)} ({row.lost.attack}){star}"]
         table.append(cells)
     head = [*DEFENCE, "attacks", "cells", *(f"{what} {NAMES[metric]}" for metric in plan.metrics for what in ("mean", "worst"))]
     above = [
@@ -246,10 +246,8 @@ def _flagged(rows: Iterable[Row], plan: Plan) -> Section:
 def _share_of(flagged: Sequence[bool]) -> str:
     if not flagged:
         return NOTHING
-    from ..measure import wilson  # needs torch, which no other table does
-
-    rate = wilson(sum(flagged), len(flagged))
-    return f"{_pc(rate.value)} [{_pc(rate.low)}, {_pc(rate.high)}] of {rate.n}"
+    low, high = wilson(sum(flagged), len(flagged))
+    return f"{_pc(sum(flagged) / len(flagged))} [{_pc(low)}, {_pc(high)}] of {len(flagged)}"
 
 
 def _ranks(rows: Sequence[Row], plan: Plan) -> Section:

@@ -130,6 +130,16 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """Accuracy lost, over attacks: the mean, the most and where that is, and how many attacks it is known of."""
+
+    mean: float
+    most: float
+    attack: str
+    known: int
+
+
+@dataclass(frozen=True)
 class OverAttacks:
     """One defence over all attacks of the plan; the benign control is no part of it.
 
@@ -141,9 +151,9 @@ class OverAttacks:
         mean: Metric -> mean of the attacks' means.
         worst: Metric -> worst cell of all.
         worst_attack: Metric -> the attack of that cell.
-        repaired: Attacks whose success ends within `REPAIRED` of the benign network's own rate; None where that is not known.
-        lost: Accuracy lost against the same victims unrepaired: the mean over attacks, the worst of them, and which that is;
-            None without a repair.
+        repaired: Attacks whose success ends within `REPAIRED` of the benign network's own rate.
+        known: Attacks of which that rate is known.
+        lost: Accuracy lost against the same victims unrepaired; None without a repair.
     """
 
     defence: Defence
@@ -153,8 +163,9 @@ class OverAttacks:
     mean: Mapping[str, float]
     worst: Mapping[str, float]
     worst_attack: Mapping[str, str]
-    repaired: int | None = None
-    lost: tuple[float, float, str] | None = None
+    repaired: int = 0
+    known: int = 0
+    lost: Lost | None = None
 
 
 @dataclass(frozen=True)
@@ -224,7 +235,9 @@ def over_attacks(rows: Iterable[Row], plan: Plan) -> list[OverAttacks]:
     own = {
         (group.config.model, group.config.trigger): group.stats[ATTACK].summary.mean
         for group in groups
-        if group.config.backdoor not in attacks and group.config.repair == NONE and ATTACK in group.stats
+        if group.config.backdoor not in attacks
+        and ATTACK in group.stats
+        and {group.config.repair, group.config.compress} == {NONE}
     }
     lost: dict[Defence, dict[str, float]] = {}
     for each in differences(rows, plan, NONE):
@@ -379,10 +392,11 @@ def _over(
         for group in groups
         if ATTACK in group.stats and (key.model, group.config.trigger) in own
     ]
-    repaired = sum(each <= REPAIRED for each in above) if above else None
+    repaired = sum(each <= REPAIRED for each in above)
     most = max(lost, key=lambda attack: lost[attack], default="")
-    loss = (sum(lost.values()) / len(lost), lost[most], most) if lost else None
-    return OverAttacks(key, total, sum(c.done > 0 for c in counts), len(groups), mean, worst, attack, repaired, loss)
+    loss = Lost(sum(lost.values()) / len(lost), lost[most], most, len(lost)) if lost else None
+    done = sum(c.done > 0 for c in counts)
+    return OverAttacks(key, total, done, len(groups), mean, worst, attack, repaired, len(above), loss)
 
 
 def _ranking(metric: str, blocks: Sequence[Sequence[Row]], repairs: Sequence[str]) -> Ranking:

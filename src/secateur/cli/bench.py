@@ -147,8 +147,8 @@ def report(
     chosen = format or _format_of(output)
     if chosen == "parquet" and output is None:
         raise MethodError("parquet is not for the terminal; name a file with --output")
-    if chosen == "provenance" and cells is not None:
-        raise MethodError("provenance stands in the store alone; leave out --cells")
+    if cells is not None and (chosen == "provenance" or data is not None):
+        raise MethodError("--cells needs no images, and provenance stands in the store alone; leave out one or the other")
     if cells is None:
         read, graph, where = _open(plan, store, data)
         where.check()

@@ -34,7 +34,7 @@ from .rnp import rnp
 HELD_OUT = 0.25  # share of the clean images that judges
 FLOOR = 0.05  # added to each sign of a backdoor
 CLEAR = 0.1  # a candidate neither of whose signs is above this leaves nothing to be done
-ALIKE = 0.03  # risks that differ by less are alike
+ALIKE = 1.5  # times a risk up to which another is alike
 REGAINED = 0.05  # accuracy that a mask may cost beyond ``drop`` when it is healed
 HEALED = 3  # candidates at most
 ROUNDS = 2  # of healing: triggers are adapted to what the round before left
@@ -113,7 +113,7 @@ def auto(
        that healing trains against, and adapted to the candidate at their size. The other is the share of images that
        adversarial noise on the neurons sends to a suspect. A candidate is clear when neither is above 10 % and it costs at
        most ``drop``, give or take a standard error. The risk is the geometric mean of both, with 5 points added to each.
-    4. Of the candidates that cost no more than that, those of the lowest risk (within 3 points) compete by accuracy.
+    4. Of the candidates that cost no more than that, those of at most one and a half times the lowest risk compete by accuracy.
 
     Args:
         model: Takes images in [0, 1]; not changed.
@@ -193,7 +193,7 @@ def _attempts(
 def _best(tried: Sequence[Tried], drop: float) -> Tried:
     able = [each for each in tried if each.affordable(drop)]  # the network as it is loses nothing
     least = min(each.risk for each in able)
-    return max((each for each in able if each.risk <= least + ALIKE), key=lambda each: each.accuracy.value)
+    return max((each for each in able if each.risk <= least * ALIKE), key=lambda each: each.accuracy.value)
 
 
 class _Contest:
