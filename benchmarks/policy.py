@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/policy.py [--images 500] [--games 20]
 
 A new policy of `onp` plays whole games on a ResNet-20 of width 16 with drawn weights, from the last layer to the first. After
-each move that cuts something, clean accuracy and two signs of 128 images each are told anew, for the whole mask so far. The
-same games are played twice, once with `Incremental` and once with a full forward for each mask; every reward must be the same.
-Seconds are those of the processor, medians of three runs.
+each move that cuts something, and at the start, clean accuracy and two signs of 128 images each are told for the whole mask so
+far. The same games are played twice, once with `Incremental` and once with a full forward for each mask; every reward must be
+the same. Seconds are those of the processor, medians of three runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train the policy that ships with the method ``onp`` on the victims of a plan.
+"""Train a policy for the method ``onp`` on the victims of a plan.
 
     secateur bench run plans/onp-policy.cpu.toml --data cifar10.npz
     OMP_NUM_THREADS=1 python scripts/train_onp_policy.py plans/onp-policy.cpu.toml --data cifar10.npz --games 2000
@@ -31,6 +31,7 @@ from secateur.repair.onp.onp import ACCURATE, board, seek
 from secateur.repair.onp.policy import Policy
 from secateur.repair.onp.ppo import Learner, train
 from secateur.repair.onp.saved import save_policy
+from secateur.repair.onp.signs import clean_errors
 from secateur.state import generator, seeded
 
 OUTPUT = Path(__file__).parents[1] / "src" / "secateur" / "repair" / "onp" / "pretrained"
@@ -60,7 +61,7 @@ def main() -> None:
     record = {
         "secateur": secateur.__version__,
         "plan": plan.name,
-        "victims": [victim.label for victim in victims],
+        "victims": {victim.key: f"{victim.args['model']} {victim.args['kwargs']}, {victim.label}" for victim in victims},
         "settings": {name: value for name, value in vars(given).items() if name in SETTINGS},
         "proxies": ["+".join(some) for some in SETS],
         "history": history,
@@ -100,8 +101,9 @@ def boards(victim: Node, store: Store, given: argparse.Namespace) -> Iterator[Pr
     found = layers(model, clean.shape, degree=given.degree)
     names = sorted({name for some in SETS for name in some})
     signs = dict(zip(names, seek(model, clean, few, names, precision="bfloat16", generator=random)[0], strict=True))
+    error = clean_errors(model, more)
     for some in SETS:
-        yield board(model, more, found, [signs[name] for name in some], drop=given.drop, price=given.price)
+        yield board(error, found, [signs[name] for name in some], drop=given.drop, price=given.price)
 
 
 if __name__ == "__main__":

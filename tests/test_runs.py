@@ -80,6 +80,17 @@ def test_the_record_says_how_a_repair_learned_and_what_it_cut(victim, monkeypatc
     assert all("Neurons cut, layer by layer".lower() in render(record, name).lower() for name in ("html", "md", "text"))
 
 
+def test_notes_of_a_repair_reach_who_watches_it(victim, monkeypatch):
+    def noting(model, clean, *, on_note=None, **settings):
+        on_note("a note")
+        return Repaired(model, None)
+
+    told = []
+    monkeypatch.setattr(methods.Method, "load", lambda self: noting)
+    runs.repair(victim.model, victim.clean, method="clp", test=victim.test, on_note=told.append)
+    assert told == ["a note"]
+
+
 def test_the_record_of_a_repair_that_does_not_learn_has_no_history(victim, monkeypatch):
     spy(monkeypatch)
     assert not {"history", "graphs"} & runs.repair(victim.model, victim.clean, test=victim.test).result.details.keys()
@@ -90,6 +101,8 @@ def test_a_record_keeps_a_long_history_from_end_to_end_and_as_many_edges_as_it_h
     numbers = [entry["games"] for entry in kept]
     assert len(numbers) == len(set(numbers)) == runs.ENTRIES
     assert (numbers[0], numbers[-1]) == (0.0, 1236.0)
+    rewarded = runs._history([{"games": float(i), "reward": float(i == 1001)} for i in range(1237)])
+    assert {"games": 1001.0, "reward": 1.0} in rewarded
     monkeypatch.setattr(runs, "EDGES", 5)
     ring = ((0, 1), (1, 2), (2, 3), (0, 3))
     small, large, none = (NeuronGraph(("a",), 4, ring, cut) for cut in ((0,), (0, 1, 2, 3), ()))

@@ -110,7 +110,7 @@ def test_a_checkpoint_of_another_run_is_refused(change, tmp_path):
     else:
         identity = "wanet rate=0.1"
     given = {"hold": hold, "identity": identity, "checkpoint": tmp_path / "state"}
-    with pytest.raises(ModelError, match="belongs to another recipe, data set, attack or seed; delete it to start anew"):
+    with pytest.raises(ModelError, match="belongs to a run with other settings, data or seed; delete it to start anew"):
         train(model, data, recipe, generator=generator(seed), **given)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -462,10 +463,12 @@ def _details(model: Classifier, repaired: Repaired, removal: Removal | None) -> 
 
 
 def _history(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """Return at most `ENTRIES` of a history, evenly spaced from the first to the last, without what is no number."""
+    """Return `ENTRIES` of a history, evenly spaced from the first to the last, and the best one, without what is no number."""
     count = min(len(history), ENTRIES)
-    kept = [history[i * (len(history) - 1) // max(1, count - 1)] for i in range(count)]
-    return [{name: float(value) for name, value in entry.items() if abs(value) <= LARGEST} for entry in kept]
+    kept = {i * (len(history) - 1) // max(1, count - 1) for i in range(count)}
+    rewards = {i: entry["reward"] for i, entry in enumerate(history) if abs(entry.get("reward", math.nan)) <= LARGEST}
+    kept |= {max(rewards, key=lambda i: rewards[i])} if rewards else set()
+    return [{name: float(value) for name, value in history[i].items() if abs(value) <= LARGEST} for i in sorted(kept)]
 
 
 def _graphs(graphs: Sequence[NeuronGraph]) -> list[dict[str, Any]]:
@@ -479,10 +482,12 @@ def _graphs(graphs: Sequence[NeuronGraph]) -> list[dict[str, Any]]:
         choices = (graph.edges, [edge for edge in graph.edges if not cut.isdisjoint(edge)], ())
         edges[number] = next(list(map(list, some)) for some in choices if len(some) <= room)
         room -= len(edges[number])
-    return [
-        {"sites": list(graph.sites), "size": graph.size, "edges": edges[number], "cut": list(graph.cut)}
-        for number, graph in enumerate(graphs)
-    ]
+    shown = []
+    for number, graph in enumerate(graphs):
+        left = len(graph.edges) - len(edges[number])
+        record = {"sites": list(graph.sites), "size": graph.size, "edges": edges[number], "cut": list(graph.cut)}
+        shown.append(record | ({"edges_left_out": left} if left else {}))
+    return shown
 
 
 def _layers(model: Classifier, repaired: Repaired) -> list[dict[str, Any]]:

@@ -87,7 +87,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def save_progress(path: Path, state: Mapping[str, Any], fingerprint: str) -> None:
-    """Write how far a run is, whole or not at all.
+    """Write how far a run is, in place of what stands there once all is written.
 
     Args:
         path: File to write, in a folder that is made if need be.
@@ -109,10 +109,14 @@ def load_progress(path: Path, fingerprint: str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         known = state["fingerprint"]
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except OSError as error:
+        raise ModelError(
+            f"cannot resume from '{path}': {error.strerror or error}; make it readable, or name another"
+        ) from error
+    except (RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ModelError(f"cannot resume from '{path}': it is not a training checkpoint; delete it to start anew") from error
     if known != fingerprint:
         raise ModelError(
-            f"cannot resume from '{path}': it belongs to another recipe, data set, attack or seed; delete it to start anew"
+            f"cannot resume from '{path}': it belongs to a run with other settings, data or seed; delete it to start anew"
         )
     return state

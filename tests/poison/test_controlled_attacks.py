@@ -385,7 +385,7 @@ def test_killed_and_resumed_is_uninterrupted(name, images, tiny, tmp_path):
 def test_a_checkpoint_of_other_settings_is_refused(name, changed, images, tiny, tmp_path):
     recipe = replace(RECIPE, epochs=1)
     attack(name, images).trainer(tiny(), recipe, generator=generator(5), checkpoint=tmp_path / "c")
-    with pytest.raises(ModelError, match="another recipe, data set, attack or seed"):
+    with pytest.raises(ModelError, match="a run with other settings, data or seed"):
         attack(name, images, **changed).trainer(tiny(), recipe, generator=generator(5), checkpoint=tmp_path / "c")
 
 

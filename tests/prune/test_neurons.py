@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from conftest import make_images
 from secateur.errors import MethodError
 from secateur.measure import correct
 from secateur.prune import apply_mask
-from secateur.prune.neurons import Neurons, cut_lowest, learn
+from secateur.prune.neurons import Neurons, cut_lowest, growing, learn
 from secateur.state import generator
 from secateur.types import Scores, SoftMask, WeightMask, to_float
 
@@ -124,3 +126,12 @@ def test_group_norms_get_gradients(images):
     x = to_float(images.x[:16]).contiguous(memory_format=torch.channels_last)
     slopes = torch.autograd.grad(neurons(x, factors).square().sum(), list(factors.values()))
     assert all(bool(slope.isfinite().all()) and bool(slope.any()) for slope in slopes)
+
+
+def test_numbers_to_try_grow_by_one_or_a_tenth():
+    assert growing(0) == [0]
+    assert growing(5) == [0, 1, 2, 3, 4, 5]
+    tried = growing(1000)
+    assert (tried[0], tried[-1]) == (0, 1000)
+    steps = [(before, after - before) for before, after in itertools.pairwise(tried[:-1])]
+    assert all(step == max(1, round(1.1 * before) - before) for before, step in steps)

@@ -237,3 +237,9 @@ def test_a_history_that_is_not_finite_is_refused_in_one_line(value: str, tmp_pat
     with pytest.raises(DataError, match=r"numbers must be finite") as caught:
         read_result(tmp_path / "result.json")
     assert str(caught.value).isprintable()
+
+
+def test_edges_that_had_no_room_are_owned_up_to():
+    graph = {"sites": ["a"], "size": 4, "edges": [[0, 1]], "cut": [0]}
+    assert "room" not in views([graph])[0].caption
+    assert views([graph | {"edges_left_out": 1234}])[0].caption.endswith(" 1,234 edges had no room in the record.")

@@ -225,6 +225,15 @@ def test_what_is_absent_leaves_no_trace() -> None:
     assert "<polyline" not in to_html(VARIANTS["one cut"]())
 
 
+def test_cuts_that_do_not_grow_are_not_joined_by_a_line() -> None:
+    shown = record()
+    assert "<polyline points=" in to_html(shown)
+    shown["details"]["path"].reverse()
+    page = to_html(shown)
+    assert "<polyline points=" not in page
+    assert page.count('class="range"') >= len(shown["details"]["path"])
+
+
 def test_a_single_measurement_has_no_empty_columns() -> None:
     page = Page(to_html(VARIANTS["audit"]()))
     assert page.rows["outcome"][0] == ["Measure", "Value", "n", "0 to 100 %"]

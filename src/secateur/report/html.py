@@ -100,7 +100,7 @@ def _curve(details: Mapping[str, Any]) -> Markup | None:
 def _charts(history: Sequence[Mapping[str, float]]) -> list[tuple[str, Markup]]:
     """Return caption and drawing of each number that a repair noted while it learned."""
     along, *names = learned_names(history) or ("",)
-    thinned = [*history[: -1 : 1 + len(history) // MAX_POINTS], *history[-1:]]
+    thinned = [*history[: -1 : 1 + max(0, len(history) - 1) // MAX_POINTS], *history[-1:]]
     drawn = []
     for name in names:
         points = [(entry[along], entry[name]) for entry in thinned if along in entry and name in entry]

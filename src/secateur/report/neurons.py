@@ -53,16 +53,18 @@ def _views(graphs: Sequence[Mapping[str, Any]]) -> Iterator[View]:
         cut = sorted({i for i in graph["cut"] if i < size})
         edges = sorted({(min(edge), max(edge)) for edge in graph["edges"] if edge[0] != edge[1] and max(edge) < size})
         if cut and edges:
-            yield _view(clip(places(graph["sites"]), 200), size, cut, edges)
+            yield _view(clip(places(graph["sites"]), 200), size, cut, edges, graph.get("edges_left_out", 0))
 
 
-def _view(name: str, size: int, cut: Sequence[int], edges: Sequence[tuple[int, int]]) -> View:
+def _view(name: str, size: int, cut: Sequence[int], edges: Sequence[tuple[int, int]], left_out: int) -> View:
     caption = f"{name}: {len(cut):,} of {size:,} neurons cut."
     nodes = range(size)
     if size > NODES:
         nodes = [*cut, *_neighbours(frozenset(cut), edges)][:NODES]
         near = len(nodes) - len(cut)
         caption += f" Shown are {f'the cut ones and {near} of their neighbours' if near > 0 else f'{NODES} of the cut ones'}."
+    if left_out:
+        caption += f" {left_out:,} edges had no room in the record."
     shown = frozenset(nodes)
     inside = [edge for edge in edges if shown.issuperset(edge)]
     if len(inside) > EDGES:

@@ -121,21 +121,29 @@ def curve(path: Sequence[Mapping[str, Any]], removed: int) -> Markup:
         removed: What was cut in the end, to mark it.
     """
     steps = sorted(path, key=lambda step: step["amount"])
+    ordered = [step["amount"] for step in path] == [
+        step["amount"] for step in steps
+    ]  # else each cut is another, not a larger one
     rates = [step["holdout"] for step in steps]
     bottom = math.floor(10 * min(min(r["low"], r["value"]) for r in rates)) / 10
     top = math.ceil(10 * max(max(r["high"], r["value"]) for r in rates)) / 10
     x = Axis(0.0, max(steps[-1]["amount"], 0.01), LEFT, RIGHT)
     y = Axis(min(bottom, top - 0.1), top, BOTTOM, TOP) if top > 0 else Axis(0.0, 0.1, BOTTOM, TOP)
     across = [x(step["amount"]) for step in steps]
-    band = [(a, y(r["high"])) for a, r in zip(across, rates, strict=True)]
-    band += [(a, y(r["low"])) for a, r in reversed(list(zip(across, rates, strict=True)))]
     line = [(a, y(r["value"])) for a, r in zip(across, rates, strict=True)]
+    if ordered:
+        band = [(a, y(r["high"])) for a, r in zip(across, rates, strict=True)]
+        band += [(a, y(r["low"])) for a, r in reversed(list(zip(across, rates, strict=True)))]
+        drawn = [tag("polygon", points=_points(band), class_="band"), tag("polyline", points=_points(line), class_="line")]
+    else:
+        drawn = [
+            tag("line", x1=a, x2=a, y1=y(r["low"]), y2=y(r["high"]), class_="range") for a, r in zip(across, rates, strict=True)
+        ]
     dots = [_dot(point, step, removed) for point, step in zip(line, steps, strict=True)]
     return _picture(
         "Accuracy on the hold-out against the share cut, with 95 % intervals",
         *_grid(x, y, "share cut"),
-        tag("polygon", points=_points(band), class_="band"),
-        tag("polyline", points=_points(line), class_="line"),
+        *drawn,
         *dots,
         class_="curve",
         viewBox=f"0 0 {WIDTH} {HEIGHT}",

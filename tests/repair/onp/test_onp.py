@@ -75,15 +75,39 @@ def test_every_proxy_can_be_played_for(proxies, victim):
     assert any("class" in note for note in result.notes) == (proxies == "trigger")
 
 
-def test_without_games_the_shy_policy_cuts_by_value_alone(victim):
-    result = QUICK(victim.model, make_images(100, 9), games=0, generator=generator(0))
-    assert result.history == ()
-    assert result.log["evaluations"] > 1
+def test_without_games_neurons_are_ranked_by_slope_or_at_random(victim, monkeypatch):
+    module, seen = sys.modules["secateur.repair.onp.onp"], []
+    real = module.choose
+    monkeypatch.setattr(module, "choose", lambda *given, **more: seen.append(torch.cat(given[3])) or real(*given, **more))
+    for policy in ("", "random"):
+        result = QUICK(victim.model, make_images(100, 9), policy=policy, games=0, generator=generator(0))
+        assert result.history == ()
+    by_slope, random = seen
+    assert random.unique().numel() == 1
+    assert by_slope.unique().numel() > 3
+
+
+def test_where_nothing_is_cut_it_says_so(victim, monkeypatch):
+    module = sys.modules["secateur.repair.onp.onp"]
+    whole = [torch.ones(layer.size, dtype=torch.bool) for layer in layers(victim.model, victim.test.shape)]
+    path = (None, None)
+    monkeypatch.setattr(module, "choose", lambda *given, **more: (path, ChannelMask({}), whole))
+    result = QUICK(victim.model, make_images(60, 9), games=0, generator=generator(0))
+    assert "nothing was cut: none of 1 cuts that lower the signs is affordable; allow more (drop)" in result.notes
 
 
 def test_what_is_wrong_is_said_before_the_long_search(victim, monkeypatch, tmp_path):
     monkeypatch.setattr(sys.modules["secateur.repair.onp.onp"], "seek", lambda *args, **kwargs: pytest.fail("too late"))
-    for wrong in ({"policy": str(tmp_path / "none")}, {"price": -1.0}, {"drop": 2.0}, {"residual": "both"}, {"degree": -1}):
+    for wrong in (
+        {"policy": str(tmp_path / "none")},
+        {"price": -1.0},
+        {"drop": 2.0},
+        {"residual": "both"},
+        {"degree": -1},
+        {"edit": "bias"},
+        {"precision": "float16"},
+        {"width": 5000},
+    ):
         with pytest.raises((MethodError, ModelError)):
             QUICK(victim.model, make_images(60, 9), **wrong, generator=generator(0))
 
@@ -165,6 +189,25 @@ def test_what_costs_too_much_on_images_of_the_game_or_on_others_is_not_taken(vic
     assert len(path) > 1
     board.rise = lambda gone: float(gone > 0)
     assert cut_of(chosen(victim.model, board)[2]) == []
+
+
+def test_what_is_cut_has_its_price(victim):
+    board = Board(victim.model, lambda gone: 0.3 if gone > 3 else 0.5)
+    board.drop, board.price = 1.0, 0.1
+    assert len(cut_of(chosen(victim.model, board)[2])) == 4
+    board.price = 100.0
+    assert cut_of(chosen(victim.model, board)[2]) == []
+
+
+def test_so_many_cuts_are_judged_and_no_more(victim, monkeypatch):
+    board = Board(victim.model, lambda gone: -gone / 1000)
+    images = make_images(200, 9)
+    whole = len(chosen(victim.model, board, images=images)[0])
+    assert whole > 3
+    monkeypatch.setattr(sys.modules["secateur.repair.onp.onp"], "LISTED", 2)
+    path, _, keeps = chosen(victim.model, board, images=images)
+    assert len(path) == 3
+    assert cut_of(keeps) == []
 
 
 def test_neurons_that_are_as_likely_as_each_other_come_in_random_order(victim):

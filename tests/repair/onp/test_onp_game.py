@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import gymnasium
@@ -205,6 +206,10 @@ def test_learning_goes_on_where_it_was_killed(victim, tmp_path):
         assert torch.equal(learner.policy.state_dict()[name], value)
     with pytest.raises(ModelError, match=r"^cannot resume .* delete it to start anew$"):
         again(games=24)  # from where the generator is now
+    env, learner, random = start()
+    env.layers = [replace(layer, edges=layer.edges[:, :0]) for layer in env.layers]
+    with pytest.raises(ModelError, match="a run with other settings"):
+        train(learner, [env], games=24, progress=tmp_path / "run" / "progress", generator=random)
     assert len(list((tmp_path / "run").iterdir())) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import make_images
 from secateur.errors import ModelError
 from secateur.repair.onp import onp
 from secateur.repair.onp.policy import Policy
+from secateur.repair.onp.ppo import chances
 from secateur.repair.onp.saved import load_policy, save_policy
 from secateur.state import generator
 
@@ -31,11 +33,24 @@ def test_what_is_saved_comes_back(folder):
     assert all(parameter.requires_grad for parameter in found.parameters())
 
 
-def test_a_policy_that_cuts_nothing_is_used_as_it_is(victim, folder):
-    """Its weights are drawn but for those of the head, which say no to every neuron alike."""
+def test_a_policy_from_a_file_is_used_as_it_is(victim, folder, monkeypatch):
+    """This one prefers what a new one would not."""
+    policy = load_policy(folder)
+    with torch.no_grad():
+        policy.rule.fill_(-5.0)
+    save_policy(policy, folder)
+    seen = []
+    module = sys.modules["secateur.repair.onp.onp"]
+    real = module.choose
+    monkeypatch.setattr(module, "choose", lambda model, judged, env, chances, **more: seen.append((env, chances)) or real(
+        model, judged, env, chances, **more
+    ))  # fmt: skip
     clean = make_images(60, 9)
     result = onp(victim.model, clean, proxies="unlearned", policy=str(folder), games=0, images=32, generator=generator(0))
     assert result.history == ()
+    [(env, found)] = seen
+    for mine, wanted in zip(found, chances(env, policy), strict=True):
+        torch.testing.assert_close(mine, wanted)
 
 
 @pytest.mark.parametrize(

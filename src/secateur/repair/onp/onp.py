@@ -6,7 +6,7 @@ Li, Yu, Yi, "Optimized Neuron Pruning" (arXiv:2405.17746, 2024); their code is n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,9 @@ def onp(
     `secateur.repair.onp.layers` and `features`) and says which go; a move is rewarded by how much it lowers the signs of a
     backdoor, less what it costs in accuracy beyond ``drop``, at a price that follows from what earlier games lost (a Lagrange
     multiplier). The policy learns by PPO. In the end the neurons are ranked by how likely it cuts them; of the cuts along this
-    ranking and the ends of all games, the one with the lowest signs is taken that costs at most ``drop`` on held-out images.
+    ranking and the ends of all games, the one is taken that is worth most of those that cost at most ``drop``, on images of the
+    game and on images kept for this. Up to 32 are looked at there, the best first: a cut that costs somewhat more may pass by
+    chance, the likelier the fewer images there are.
 
     Args:
         model: Takes images in [0, 1]; not changed.
@@ -97,23 +99,25 @@ def onp(
     try:
         from .policy import Policy
         from .ppo import Learner, chances, train
-        from .saved import load_policy
+        from .saved import WIDEST, load_policy
     except ImportError:
         raise MethodError("onp needs torch_geometric and gymnasium; run: pip install secateur[onp]") from None
     check_range("games", games, 0, 2**31)
     check_range("images", images, 1, 2**31)
     check_range("lr", lr, 1e-12, 1e6)
-    check_range("width", width, 1, 2**16)
+    check_range("width", width, 1, WIDEST)
     check_range("drop", drop, 0, 1)
     check_range("price", price, 0, 1e6)
     wanted = read_proxies(proxies)
     start = load_policy(policy) if policy not in ("", "random") else None  # refused now, not after the inversion
+    check_choice("edit", edit, get_args(Edit))
+    check_choice("precision", precision, get_args(Precision))
     found = layers(model, clean.shape, degree=degree, residual=residual)
     fitted, judged = holdout(clean, JUDGED, generator=generator)
     drawn = torch.randperm(len(fitted), generator=generator)
     few, more = fitted.subset(drawn[:images]), fitted.subset(drawn[: ACCURATE * images])
     signs, notes = seek(model, fitted, few, wanted, precision=precision, generator=generator)
-    env = board(model, more, found, signs, drop=drop, price=price, edit=edit)
+    env = board(clean_errors(model, more), found, signs, drop=drop, price=price, edit=edit)
     with seeded(generator):
         learner = Learner(start or Policy(width=width, rule=policy != "random"), lr=lr)
 
@@ -125,6 +129,9 @@ def onp(
 
     history = train(learner, [env], games=games, on_update=watch, generator=generator)
     path, mask, keeps = choose(model, judged, env, chances(env, learner.policy), generator=generator)
+    graphs = tuple(picture(layer, keep) for layer, keep in zip(found, keeps, strict=True))
+    if not any(graph.cut for graph in graphs):
+        notes = (*notes, f"nothing was cut: none of {len(path) - 1} cuts that lower the signs is affordable; allow more (drop)")
     notes = (*notes, *(f"layer collapse: nothing is left of '{name}'" for name in collapsed(mask)))
     return Repaired(
         apply_mask(model, mask).eval(),
@@ -133,14 +140,14 @@ def onp(
         log={"evaluations": float(env.evaluations)},
         notes=notes,
         history=tuple(history),
-        graphs=tuple(picture(layer, keep) for layer, keep in zip(found, keeps, strict=True)),
+        graphs=graphs,
     )
 
 
 def said(means: Mapping[str, float]) -> str:
     """Return how games went, in a few words."""
     return (
-        f"reward {means['reward']:.2f}, accuracy {-100 * means['rise']:+.1f}, signs {100 * means['sign']:.0f} %, "
+        f"reward {means['reward']:.2f}, accuracy {0 - 100 * means['rise']:+.1f}, signs {100 * means['sign']:.0f} %, "
         f"{100 * means['cut']:.1f} % cut"
     )
 
@@ -180,32 +187,23 @@ def seek(
 
 
 def board(
-    model: nn.Module,
-    clean: ImageSet,
-    found: Sequence[Layer],
-    signs: Sequence[Sign],
-    *,
-    drop: float,
-    price: float,
-    edit: Edit = "weight",
+    error: Sign, found: Sequence[Layer], signs: Sequence[Sign], *, drop: float, price: float, edit: Edit = "weight"
 ) -> Pruning:
-    """Return the game of a network, of its layers, its accuracy on clean images, and the signs that are to become small."""
+    """Return the game of a network: its layers, its error on clean images, and the signs that are to become small."""
     from .env import Pruning
 
-    error = clean_errors(model, clean)
-    return Pruning(
-        model, found, features(model, clean, found, [error, *signs]), error, signs, drop=drop, price=price, edit=edit
-    )
+    nodes = features(error.base, error.images, found, [error, *signs])
+    return Pruning(error.base, found, nodes, error, signs, drop=drop, price=price, edit=edit)
 
 
 def choose(
     model: nn.Module, judged: ImageSet, env: Pruning, chances: Sequence[Tensor], *, generator: torch.Generator
 ) -> tuple[tuple[Candidate, ...], HardMask, Sequence[Tensor]]:
-    """Return the cut with the lowest signs that is affordable on images that nothing was learned from.
+    """Return the affordable cut that is worth most: the one with the lowest signs, and the price of what is cut.
 
     Candidates are the ends of all games, and cuts along the ranking of the neurons by how likely each is cut (those that are as
-    likely as each other in random order). Of those that are affordable on the images of the game, `LISTED` with the lowest
-    signs are judged one after the other, until one is.
+    likely as each other in random order). Of those that are affordable on the images of the game, `LISTED` are judged on
+    images that nothing was learned from, the best first, until one is affordable there too; otherwise nothing is cut.
 
     Returns:
         The cuts that were judged; the one that is taken, and what of each layer it keeps, bool ``(size,)``.

@@ -189,10 +189,16 @@ def _resume(
 
 
 def _fingerprint(learner: Learner, envs: Sequence[Pruning], at_once: int, generator: torch.Generator) -> str:
-    """Return a text that another start, other boards or another seed would change."""
-    boards = [(env.drop, env.price, env.edit, [sign.name for sign in env.signs], env.standing) for env in envs]
-    digest = hashlib.sha256(repr((learner.lr, at_once, boards)).encode())
-    digest.update(generator.get_state().numpy().tobytes())
-    for tensor in (*learner.policy.state_dict().values(), *(nodes for env in envs for nodes in env.nodes)):
-        digest.update(tensor.contiguous().numpy().tobytes())
+    """Return a text that another start, another board or another seed would change.
+
+    It is of what a board is made from, not of what was computed on it: that may differ in its last digits on another day.
+    """
+    digest = hashlib.sha256(repr((learner.lr, at_once)).encode())
+    for env in envs:
+        rules = (env.drop, env.price, env.edit, env.error.images.sha256, [sign.name for sign in env.signs])
+        digest.update(repr((rules, [layer.sites for layer in env.layers])).encode())
+    networks = [tensor for env in envs for tensor in env.model.state_dict().values()]
+    edges = [layer.edges for env in envs for layer in env.layers]
+    for tensor in (generator.get_state(), *learner.policy.state_dict().values(), *networks, *edges):
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
