@@ -114,7 +114,14 @@ def table(rows: list[dict]) -> str:
         before, after = row["before"], row["after"]
         rates = " | ".join(_percent(after[key]) for key in ("accuracy", "attack_success", "triggered_accuracy"))
         first = f"{100 * before['accuracy']['value']:.2f} / {100 * before['attack_success']['value']:.2f}"
-        cells = [row["network"], row["method"]["name"], first, rates, row["reported"] or "-", f"{row['seconds'] / 60:.1f}"]
+        cells = [
+            row["network"],
+            f"{row['method']['name']} {row['method']['version']}",
+            first,
+            rates,
+            row["reported"] or "-",
+            f"{row['seconds'] / 60:.1f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
