@@ -37,6 +37,7 @@ class Method:
         paper: Where it comes from.
         quick: Settings with which the contract tests run it in a moment.
         needs: ``suspect`` when it wants possibly poisoned data; such a method is never part of ``auto``.
+        files: Settings that may name a file or a folder: a plan tells results apart by what is in it.
         access: Of a backdoor: what the attacker must control.
         visibility: Of a backdoor with its default settings, on photographs: ``visible`` when SSIM is below 0.95 or a pixel
             changes by more than 0.3 of the range (Linf), ``invisible`` from SSIM 0.99 on if none changes by more than 8/255.
@@ -49,6 +50,7 @@ class Method:
     paper: str
     quick: Mapping[str, Any] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
+    files: frozenset[str] = frozenset()
     access: Access | None = None
     visibility: Visibility | None = None
 
@@ -61,7 +63,7 @@ class Method:
 TABLE: tuple[Method, ...] = (
     Method(
         "backdoor", "badnets", "secateur.poison.badnets:badnets", 2, "arXiv:1708.06733", {"rate": 0.2},
-        access="images and labels", visibility="visible",
+        files=frozenset({"pattern"}), access="images and labels", visibility="visible",
     ),
     Method(
         "backdoor", "blended", "secateur.poison.blended:blended", 2, "arXiv:1712.05526", {"rate": 0.2},
@@ -178,7 +180,7 @@ TABLE: tuple[Method, ...] = (
     Method("repair", "npd", "secateur.repair.npd:npd", 1, "NeurIPS 2023, arXiv:2306.16697", {"epochs": 1}),
     Method(
         "repair", "onp", "secateur.repair.onp.onp:onp", 2, "arXiv:2405.17746",
-        {"proxies": "unlearned", "games": 8, "images": 64},
+        {"proxies": "unlearned", "games": 8, "images": 64}, files=frozenset({"policy"}),
     ),
     Method(
         "repair", "otbr", "secateur.repair.otbr:otbr", 1, "AAAI 2025, arXiv:2408.15861",

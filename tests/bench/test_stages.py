@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from secateur.bench import stages
 from secateur.bench.nodes import expand
@@ -218,3 +219,47 @@ def test_suspect_images_carry_the_trigger_as_the_training_set_does(tmp_path, sto
     assert len(suspect) == 60
     assert sum(changed) == 6  # a rate of 0.1
     assert suspect.y[torch.tensor(changed)].unique().tolist() == [0]
+
+
+def patched(folder, name, value):
+    folder.mkdir()
+    Image.new("RGB", (3, 3), (value, 0, 0)).save(folder / name)
+    text = PLAN.replace('name = "badnets"', f'name = "badnets"\npattern = "{name}"\nlabel = "p"')
+    (folder / "plan.toml").write_text(text, "utf-8")
+    return read_plan(folder / "plan.toml")
+
+
+def test_a_file_that_a_setting_names_counts_by_what_is_in_it(tmp_path, store):
+    """Not by where it lies; and a node gets it from there."""
+    one, same, other = (patched(tmp_path / folder, f"{folder}.png", value) for folder, value in (("a", 9), ("b", 9), ("c", 8)))
+    keys = [{key for key, node in expand(plan, digest).nodes.items() if node.stage == "victim"} for plan in (one, same, other)]
+    assert keys[0] == keys[1] != keys[2]
+    node = next(node for node in expand(one, digest).nodes.values() if node.stage == "victim")
+    work = Work(node, tmp_path, {}, one.sources, tmp_path / "checkpoint")
+    assert work.settings["pattern"] == str(tmp_path / "a" / "a.png")
+    assert {name: value for name, value in work.settings.items() if name != "pattern"} == {
+        name: value for name, value in node.args["settings"].items() if name != "pattern"
+    }
+
+
+def test_a_folder_that_a_setting_names_counts_by_all_files_in_it(tmp_path):
+    text = PLAN.replace('name = "fine-tuning"\nepochs = 1', 'name = "onp"\npolicy = "p"\nlabel = "o"')
+    (tmp_path / "plan.toml").write_text(text, "utf-8")
+
+    def key():
+        nodes = expand(read_plan(tmp_path / "plan.toml"), digest).nodes
+        return next(key for key, node in nodes.items() if node.stage == "repair")
+
+    assert read_plan(tmp_path / "plan.toml").repairs[0].settings["policy"] == "p"  # nothing is there
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "policy.json").write_text("{}")
+    first = key()
+    assert key() == first
+    (tmp_path / "p" / "policy.safetensors").write_bytes(b"1")
+    assert key() != first
+
+
+def test_a_setting_that_is_called_like_a_role_is_no_file(tmp_path, plan):
+    node = next(node for node in expand(plan, digest).nodes.values() if node.stage == "repair")
+    node = replace(node, args={"settings": {"a": "train", "b": 1}})
+    assert Work(node, tmp_path, {}, plan.sources, tmp_path).settings == {"a": "train", "b": 1}

@@ -46,7 +46,8 @@ class Choice:
         settings: Every setting with its value.
         version: Version of the method; 0 for architectures and ``none``.
         uses: Scores that the settings name, and their versions where those are above 1.
-        code: For a network of the user's own, where ``file.py:make`` lies; its sha256 is among the settings.
+        files: Of files that the settings name, sha256 -> where each lies; the settings have the sha256 in its place. For a
+            network of the user's own that is ``file.py:make``.
         oracle: For a repair, the accuracy that may be lost where a cut is *also* chosen with test images and trigger.
     """
 
@@ -55,7 +56,7 @@ class Choice:
     settings: Mapping[str, Any]
     version: int = 0
     uses: Mapping[str, int] = field(default_factory=dict)
-    code: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
     oracle: float | None = None
 
 
@@ -120,8 +121,9 @@ class Plan:
 
     @property
     def sources(self) -> dict[str, str]:
-        """What nodes read from outside the store: ``train``, ``test``, and by their sha256 the user's own networks."""
-        own = {choice.settings["sha256"]: choice.code for choice in self.models if choice.code}
+        """What nodes read from outside the store: ``train``, ``test``, and by its sha256 each file that a choice names."""
+        choices = (*self.models, *self.backdoors, *self.repairs, *self.compressors)
+        own = {digest: where for choice in choices for digest, where in choice.files.items()}
         return {"train": self.data.train, "test": self.data.test, **own}
 
     def with_data(self, path: str | None) -> Plan:
@@ -161,9 +163,9 @@ def _plan(raw: Mapping[str, Any], path: Path) -> Plan:
         name=_typed("name", raw.get("name", path.name.partition(".")[0]), str),
         data=_data(_table(raw, "data"), path.parent),
         models=_unique("model", itertools.chain.from_iterable(_models(t, path.parent) for t in _tables(raw, "model"))),
-        backdoors=_choices(raw, "backdoor"),
-        repairs=_choices(raw, "repair", optional=True),
-        compressors=_choices(raw, "compress", optional=True),
+        backdoors=_choices(raw, "backdoor", path.parent),
+        repairs=_choices(raw, "repair", path.parent, optional=True),
+        compressors=_choices(raw, "compress", path.parent, optional=True),
         recipe=recipe,
         victim_seeds=_seeds(raw, "victim_seeds"),
         repair_seeds=_seeds(raw, "repair_seeds"),
@@ -213,7 +215,7 @@ def _models(table: Mapping[str, Any], home: Path) -> Iterable[Choice]:
         except OSError as error:
             raise DataError(f"cannot read {file} of [[model]]: {error.strerror}; paths are relative to the plan") from None
         code = f"{(home / file).absolute()}:{function}"
-        yield Choice(name, _typed("label", table.get("label", name), str), {"sha256": digest}, code=code)
+        yield Choice(name, _typed("label", table.get("label", name), str), {"sha256": digest}, files={digest: code})
         return
     resolve(name, {})
     for given, varied in _points(table, sequences=()):
@@ -224,13 +226,13 @@ def _models(table: Mapping[str, Any], home: Path) -> Iterable[Choice]:
         yield Choice(name, _label(table, name, given, varied), full)
 
 
-def _choices(raw: Mapping[str, Any], axis: str, *, optional: bool = False) -> tuple[Choice, ...]:
+def _choices(raw: Mapping[str, Any], axis: str, home: Path, *, optional: bool = False) -> tuple[Choice, ...]:
     if optional and raw.get(axis, []) == []:
         return (Choice(NONE, NONE, {}),) if axis == "compress" else ()
-    return _unique(axis, itertools.chain.from_iterable(_methods(axis, table) for table in _tables(raw, axis)))
+    return _unique(axis, itertools.chain.from_iterable(_methods(axis, table, home) for table in _tables(raw, axis)))
 
 
-def _methods(axis: str, table: Mapping[str, Any]) -> Iterable[Choice]:
+def _methods(axis: str, table: Mapping[str, Any], home: Path) -> Iterable[Choice]:
     name = _name(axis, table)
     if name == NONE:
         if axis == "repair":
@@ -247,7 +249,22 @@ def _methods(axis: str, table: Mapping[str, Any]) -> Iterable[Choice]:
         full = {key: _number(value, annotations.get(key, "")) for key, value in settings(method, given).items()}
         if oracle is not None and not isinstance(full.get("drop"), float):
             raise MethodError(f"{ORACLE} needs a repair that chooses how much to cut, by its setting drop; '{name}' has none")
-        yield Choice(name, _label(table, name, given, varied), full, method.version, _uses(full), oracle=oracle)
+        files = {key: _digest(home / full[key]) for key in method.files if full[key] and (home / full[key]).exists()}
+        where = {digest: str((home / full[key]).absolute()) for key, digest in files.items()}
+        label = _label(table, name, given, varied)
+        yield Choice(name, label, full | files, method.version, _uses(full), where, oracle)
+
+
+def _digest(path: Path) -> str:
+    """Return the sha256 of a file, or of the names and contents of all files in a folder."""
+    digest = hashlib.sha256()
+    try:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(f"{file.relative_to(path).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; paths are relative to the plan") from None
+    return digest.hexdigest()
 
 
 def _oracle(axis: str, table: Mapping[str, Any]) -> float | None:

@@ -45,7 +45,8 @@ class Work:
         node: What to do.
         folder: Where to write; becomes the node's folder when the stage returns.
         parents: Role -> folder of the node that plays it.
-        source: ``train`` and ``test`` -> what `load_data` reads; sha256 -> ``file.py:make`` with that code of the user's own.
+        source: ``train`` and ``test`` -> what `load_data` reads; sha256 -> where that file lies, or ``file.py:make`` with that
+            code of the user's own.
         checkpoint: A file that outlives a killed attempt, to resume long training from; its folder is the node's own.
     """
 
@@ -54,6 +55,15 @@ class Work:
     parents: Mapping[str, Path]
     source: Mapping[str, str]
     checkpoint: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's settings, files by where they lie."""
+        files = {digest: where for digest, where in self.source.items() if digest not in ("train", "test")}
+        return {
+            name: files.get(value, value) if isinstance(value, str) else value
+            for name, value in self.node.args["settings"].items()
+        }
 
     @property
     def generator(self) -> torch.Generator:
@@ -88,7 +98,7 @@ def victim(work: Work) -> dict[str, Any]:
     if work.node.method == NONE:
         poisoning = Poisoning(None, images, unpoisoned(images))
     else:
-        poisoning = get("backdoor", work.node.method).load()(images, **args["settings"], generator=random)
+        poisoning = get("backdoor", work.node.method).load()(images, **work.settings, generator=random)
     kwargs = dict(args["kwargs"])
     arch = work.source[kwargs.pop("sha256")] if is_reference(args["model"]) else args["model"]
     network = runs.new_network(poisoning.data, arch, kwargs=kwargs, generator=random).to(work.node.device)
@@ -154,7 +164,7 @@ def _defend(work: Work, kind: Kind) -> dict[str, Any]:
     clean = _clean(work, args["clean"])
     method = get(kind, work.node.method)
     given = {"suspect": _suspect(work, len(clean))} if "suspect" in method.needs else {}
-    done = method.load()(model, clean, **given, **args["settings"], generator=work.generator)
+    done = method.load()(model, clean, **given, **work.settings, generator=work.generator)
     step = {"method": method.name, "version": method.version, "args": dict(args["settings"])}
     save(done.model.cpu(), work.folder / "model", masks=hard(done.mask), steps=[step])
     if args.get("path"):
