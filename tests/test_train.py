@@ -137,6 +137,11 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
         run_once("sgd", file)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_to_be_deleted(tmp_path):
+    with pytest.raises(ModelError, match=r"Is a directory; make it readable, or name another$"):
+        run_once("sgd", tmp_path)
+
+
 # --- what goes in stays, what comes out is trained ----------------------------------------------------------------------------
 
 

@@ -107,13 +107,13 @@ def load_progress(path: Path, fingerprint: str) -> dict[str, Any]:
         ModelError: That is not there, damaged, or of another run.
     """
     try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ModelError(f"cannot resume from '{path}': {error.strerror}; make it readable, or name another") from error
+    try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         known = state["fingerprint"]
-    except OSError as error:
-        raise ModelError(
-            f"cannot resume from '{path}': {error.strerror or error}; make it readable, or name another"
-        ) from error
-    except (RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ModelError(f"cannot resume from '{path}': it is not a training checkpoint; delete it to start anew") from error
     if known != fingerprint:
         raise ModelError(
