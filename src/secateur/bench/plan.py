@@ -256,15 +256,12 @@ def _methods(axis: str, table: Mapping[str, Any], home: Path) -> Iterable[Choice
 
 
 def _digest(path: Path) -> str:
-    """Return the sha256 of a file, or of the names and contents of all files in a folder."""
-    digest = hashlib.sha256()
+    from .source import content  # which needs this module
+
     try:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                digest.update(f"{file.relative_to(path).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        return content(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; paths are relative to the plan") from None
-    return digest.hexdigest()
 
 
 def _oracle(axis: str, table: Mapping[str, Any]) -> float | None:

@@ -38,6 +38,15 @@ def _of(where: Path | None) -> str:
         assets = files("secateur").joinpath("data", "assets")
         packed = sorted((asset for asset in assets.iterdir() if asset.name.endswith(".xz")), key=lambda asset: asset.name)
         return hashlib.sha256(b"".join(asset.read_bytes() for asset in packed)).hexdigest()
+    return content(where)
+
+
+def content(where: Path) -> str:
+    """Return the sha256 of a file's bytes, or of the names and bytes of all files in a folder.
+
+    Raises:
+        OSError: It cannot be read.
+    """
     if not where.is_dir():
         return _of_file(where)
     digests = hashlib.sha256()
