@@ -259,6 +259,12 @@ def test_a_folder_that_a_setting_names_counts_by_all_files_in_it(tmp_path):
     assert key() != first
 
 
+@pytest.mark.parametrize("value", ["5", '"a\\u0000b"', '""'])
+def test_what_can_be_no_path_is_no_file(tmp_path, value):
+    (tmp_path / "plan.toml").write_text(PLAN.replace('name = "badnets"', f'name = "badnets"\npattern = {value}'), "utf-8")
+    assert read_plan(tmp_path / "plan.toml").backdoors[0].files == {}
+
+
 def test_a_setting_that_is_called_like_a_role_is_no_file(tmp_path, plan):
     node = next(node for node in expand(plan, digest).nodes.values() if node.stage == "repair")
     node = replace(node, args={"settings": {"a": "train", "b": 1}})

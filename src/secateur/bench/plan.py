@@ -249,10 +249,10 @@ def _methods(axis: str, table: Mapping[str, Any], home: Path) -> Iterable[Choice
         full = {key: _number(value, annotations.get(key, "")) for key, value in settings(method, given).items()}
         if oracle is not None and not isinstance(full.get("drop"), float):
             raise MethodError(f"{ORACLE} needs a repair that chooses how much to cut, by its setting drop; '{name}' has none")
-        files = {key: _digest(home / full[key]) for key in method.files if full[key] and (home / full[key]).exists()}
-        where = {digest: str((home / full[key]).absolute()) for key, digest in files.items()}
-        label = _label(table, name, given, varied)
-        yield Choice(name, label, full | files, method.version, _uses(full), where, oracle)
+        paths = {key: home / full[key] for key in method.files if isinstance(full[key], str) and full[key]}
+        digests = {key: _digest(path) for key, path in paths.items() if path.exists()}
+        files = {digest: str(paths[key].absolute()) for key, digest in digests.items()}
+        yield Choice(name, _label(table, name, given, varied), full | digests, method.version, _uses(full), files, oracle)
 
 
 def _digest(path: Path) -> str:

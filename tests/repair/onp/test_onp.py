@@ -87,13 +87,20 @@ def test_without_games_neurons_are_ranked_by_slope_or_at_random(victim, monkeypa
     assert by_slope.unique().numel() > 3
 
 
-def test_where_nothing_is_cut_it_says_so(victim, monkeypatch):
+@pytest.mark.parametrize(
+    ("judged", "why"),
+    [
+        (1, "no cut that is affordable lowers the signs by more than its price"),
+        (3, "the 2 best cuts cost too much on images kept for this; allow more (drop)"),
+    ],
+)
+def test_where_nothing_is_cut_it_says_why(judged, why, victim, monkeypatch):
     module = sys.modules["secateur.repair.onp.onp"]
     whole = [torch.ones(layer.size, dtype=torch.bool) for layer in layers(victim.model, victim.test.shape)]
-    path = (None, None)
+    path = (None,) * judged
     monkeypatch.setattr(module, "choose", lambda *given, **more: (path, ChannelMask({}), whole))
     result = QUICK(victim.model, make_images(60, 9), games=0, generator=generator(0))
-    assert "nothing was cut: none of 1 cuts that lower the signs is affordable; allow more (drop)" in result.notes
+    assert f"nothing was cut: {why}" in result.notes
 
 
 def test_what_is_wrong_is_said_before_the_long_search(victim, monkeypatch, tmp_path):

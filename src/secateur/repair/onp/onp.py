@@ -131,7 +131,10 @@ def onp(
     path, mask, keeps = choose(model, judged, env, chances(env, learner.policy), generator=generator)
     graphs = tuple(picture(layer, keep) for layer, keep in zip(found, keeps, strict=True))
     if not any(graph.cut for graph in graphs):
-        notes = (*notes, f"nothing was cut: none of {len(path) - 1} cuts that lower the signs is affordable; allow more (drop)")
+        why = "no cut that is affordable lowers the signs by more than its price"
+        if len(path) > 1:
+            why = f"the {len(path) - 1} best cuts cost too much on images kept for this; allow more (drop)"
+        notes = (*notes, f"nothing was cut: {why}")
     notes = (*notes, *(f"layer collapse: nothing is left of '{name}'" for name in collapsed(mask)))
     return Repaired(
         apply_mask(model, mask).eval(),
