@@ -5,7 +5,8 @@
 
 plays on all victims of the plan in turn, with every set of proxies in turn, so that the policy learns to use what is there, and
 writes ``policy.json``, ``policy.safetensors`` and ``provenance.json`` (victims, settings, the learning). Killed, the same
-command goes on after the last update (``--progress``). It sees clean images and networks, never a trigger.
+command goes on after the last update (``--progress``). The victims are one's own, and their triggers known: the reward counts
+attack success itself, so that the policy learns which signs of a backdoor to believe. It is shown the signs alone.
 """
 
 from __future__ import annotations
@@ -13,28 +14,29 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import secateur
 from secateur.bench.nodes import Node, expand
 from secateur.bench.plan import read_plan
 from secateur.bench.source import digest
 from secateur.bench.store import Store
-from secateur.data import load_data
+from secateur.data import load_data, load_trigger
 from secateur.models import load_bundle
 from secateur.repair.onp.env import Pruning
 from secateur.repair.onp.layers import layers
 from secateur.repair.onp.onp import ACCURATE, board, seek
 from secateur.repair.onp.policy import Policy
 from secateur.repair.onp.ppo import Learner, train
-from secateur.repair.onp.saved import save_policy
-from secateur.repair.onp.signs import clean_errors
+from secateur.repair.onp.saved import PRETRAINED, save_policy
+from secateur.repair.onp.signs import clean_errors, triggered
 from secateur.state import generator, seeded
+from secateur.types import HardMask, ImageSet
 
-OUTPUT = Path(__file__).parents[1] / "src" / "secateur" / "repair" / "onp" / "pretrained"
 SETS = ("trigger", "unlearned", "noise"), ("trigger", "unlearned"), ("unlearned", "noise"), ("unlearned",), ("trigger",)
 
 
@@ -79,7 +81,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="images instead of the plan's")
     parser.add_argument("--store", type=Path, default=Path("secateur-store"))
     parser.add_argument("--progress", type=Path, default=Path("onp-policy.progress"))
-    parser.add_argument("-o", "--output", type=Path, default=OUTPUT)
+    parser.add_argument("-o", "--output", type=Path, default=PRETRAINED)
     parser.add_argument("--games", type=int, default=2000)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--drop", type=float, default=0.02)
@@ -93,8 +95,8 @@ def arguments() -> argparse.Namespace:
 
 def boards(victim: Node, store: Store, given: argparse.Namespace) -> Iterator[Pruning]:
     """Yield the games of a victim, one for each set of proxies."""
-    model = load_bundle(store.folder(victim.key) / "model")
-    clean = load_data(store.folder(victim.parents["data"]) / "clean.npz")
+    folder, data = store.folder(victim.key), store.folder(victim.parents["data"])
+    model, clean = load_bundle(folder / "model"), load_data(data / "clean.npz")
     random = generator(given.seed)
     drawn = torch.randperm(len(clean), generator=random)
     few, more = clean.subset(drawn[: given.images]), clean.subset(drawn[: ACCURATE * given.images])
@@ -102,8 +104,14 @@ def boards(victim: Node, store: Store, given: argparse.Namespace) -> Iterator[Pr
     names = sorted({name for some in SETS for name in some})
     signs = dict(zip(names, seek(model, clean, few, names, precision="bfloat16", generator=random)[0], strict=True))
     error = clean_errors(model, more)
+    goal = attacked(model, folder / "trigger", load_data(data / "test.npz", limit=given.images))
     for some in SETS:
-        yield board(error, found, [signs[name] for name in some], drop=given.drop, price=given.price)
+        yield board(error, found, [signs[name] for name in some], drop=given.drop, price=given.price, goal=goal)
+
+
+def attacked(model: nn.Module, trigger: Path, images: ImageSet) -> Callable[[HardMask], float]:
+    """Return what says how often an attack succeeds under a mask: 0 for a network without a backdoor."""
+    return triggered(model, images, [load_trigger(trigger)]) if trigger.exists() else lambda mask: 0.0
 
 
 if __name__ == "__main__":

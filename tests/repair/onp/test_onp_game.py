@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +20,7 @@ from secateur.repair.onp.env import CONTEXT, Pruning
 from secateur.repair.onp.features import NAMES, features
 from secateur.repair.onp.layers import layers
 from secateur.repair.onp.policy import RULE, SHY, Policy, together
-from secateur.repair.onp.ppo import GAMMA, LAMBDA, Learner, Played, chances, play, train
+from secateur.repair.onp.ppo import ASCENT, GAMMA, LAMBDA, Learner, Played, chances, play, train
 from secateur.state import generator
 from secateur.types import ChannelMask
 
@@ -133,6 +134,18 @@ def test_a_new_policy_cuts_the_likelier_the_further_a_slope_stands_out(env):
     assert logits[:3].tolist() == pytest.approx([SHY + 3 * RULE, SHY + 0.5 * RULE, SHY])
 
 
+def test_a_new_policy_cuts_the_likelier_the_more_the_signs_fall_and_the_less_accuracy_does(env):
+    [shown] = shown_by(env)[:1]
+    shown.nodes[:] = 0
+    shown.nodes[:3, [NAMES.index(f"{name} without it") for name in ("error", "signs")]] = [
+        [1.0, -3.0],
+        [-1.0, -3.0],
+        [2.0, 1.0],
+    ]
+    logits, _ = Policy()(together([shown]))
+    assert logits[:3].tolist() == pytest.approx([SHY + 2 * RULE, SHY + 3 * RULE, SHY - 3 * RULE])
+
+
 def test_a_batch_of_layers_is_seen_as_each_alone(env):
     torch.manual_seed(0)
     policy, shown = Policy(), shown_by(env)
@@ -180,10 +193,21 @@ def test_lost_accuracy_becomes_dearer_while_it_is_lost(victim):
     start = env.multiplier
     train(Learner(policy, lr=1e-9), [env], games=2, at_once=1, generator=generator(0))
     assert env.standing.rise > 0.3
-    assert env.multiplier > start + 5
-    env.drop, env.multiplier = 1.0, 3.0
+    assert env.multiplier == pytest.approx(start * math.exp(2 * ASCENT))
+    env.drop, env.multiplier = 1.0, 1.1
     train(Learner(policy, lr=1e-9), [env], games=2, at_once=1, generator=generator(0))
-    assert env.multiplier == 0
+    assert env.multiplier == 1  # no lower
+
+
+def test_a_goal_is_played_for_in_place_of_the_signs_and_not_shown(victim):
+    known, blind = board(victim, goal=lambda mask: 0.25 if mask.keep else 1.0), board(victim)
+    for env in (known, blind):
+        env.reset()
+    (seen, reward, *_), (other, *_) = known.step(first_of(known)), blind.step(first_of(blind))
+    lost = known.multiplier * max(0, known.standing.rise - known.drop)
+    assert reward == pytest.approx(0.75 - lost - known.price * known.standing.cut)
+    assert seen.nodes.tolist() == other.nodes.tolist()
+    assert known.standing.sign == blind.standing.sign
 
 
 def test_learning_goes_on_where_it_was_killed(victim, tmp_path):

@@ -37,7 +37,7 @@ def test_a_policy_from_a_file_is_used_as_it_is(victim, folder, monkeypatch):
     """This one prefers what a new one would not."""
     policy = load_policy(folder)
     with torch.no_grad():
-        policy.rule.fill_(-5.0)
+        policy.rules.fill_(-5.0)
     save_policy(policy, folder)
     seen = []
     module = sys.modules["secateur.repair.onp.onp"]

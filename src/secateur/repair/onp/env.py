@@ -6,7 +6,7 @@ only what lies behind the layer of the move.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,16 +34,23 @@ class Standing:
         rise: How much the clean error has risen, in [-1, 1].
         signs: Sign -> its share.
         cut: Share of all neurons that are cut.
+        goal: What is to become small in place of the signs, where it is known.
     """
 
     rise: float
     signs: Mapping[str, float]
     cut: float
+    goal: float | None = None
 
     @property
     def sign(self) -> float:
         """The mean of the signs, 0 without any."""
         return sum(self.signs.values()) / len(self.signs) if self.signs else 0.0
+
+    @property
+    def backdoor(self) -> float:
+        """What is to become small: the goal where it is known, else the mean of the signs."""
+        return self.sign if self.goal is None else self.goal
 
 
 class Pruning(gymnasium.Env):
@@ -52,7 +59,8 @@ class Pruning(gymnasium.Env):
     An observation is a graph: a node per neuron of the layer that is to move, with the features of `NAMES` and how the game
     stands (`CONTEXT`: share of layers left, rise of the clean error over ``drop``, mean of the signs, share cut), and the edges
     of the layer. An action has an entry per neuron, 1 = cut; the layer reads as many as it has neurons. The reward of a move is
-    by how much it raises ``-signs - multiplier * max(0, rise - drop) - price * cut``, where ``signs`` is the mean of the signs.
+    by how much it raises ``-signs - multiplier * max(0, rise - drop) - price * cut``, where ``signs`` is the mean of the signs,
+    or the goal where that is known.
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class Pruning(gymnasium.Env):
         drop: float = 0.02,
         price: float = 0.05,
         edit: Edit = "weight",
+        goal: Callable[[HardMask], float] | None = None,
     ) -> None:
         """Set the board.
 
@@ -78,6 +87,8 @@ class Pruning(gymnasium.Env):
             drop: Accuracy that may be lost, in [0, 1].
             price: What it costs to cut all neurons, >= 0.
             edit: What of a cut neuron goes to 0.
+            goal: What the reward counts in place of the signs: attack success on a victim of one's own, whose trigger is known,
+                so that a policy learns which signs to believe. It is never shown.
 
         Raises:
             MethodError: An argument is out of range.
@@ -89,6 +100,7 @@ class Pruning(gymnasium.Env):
         self.model, self.layers, self.nodes = model, layers, nodes
         self.error, self.signs, self.drop, self.price = error, signs, drop, price
         self.edit: Edit = edit
+        self.goal = goal
         self.multiplier = 10.0
         self.neurons = sum(layer.size for layer in layers)
         self.observation_space = spaces.Graph(
@@ -139,7 +151,7 @@ class Pruning(gymnasium.Env):
 
     def value(self, standing: Standing) -> float:
         """Return what a standing is worth."""
-        return -standing.sign - self.multiplier * max(0.0, standing.rise - self.drop) - self.price * standing.cut
+        return -standing.backdoor - self.multiplier * max(0.0, standing.rise - self.drop) - self.price * standing.cut
 
     @property
     def mask(self) -> HardMask:
@@ -154,7 +166,8 @@ class Pruning(gymnasium.Env):
 
     def _stand(self, mask: HardMask, cut: float) -> Standing:
         self.evaluations += 1
-        return Standing(self.error(mask) - self._first, {sign.name: sign(mask) for sign in self.signs}, cut)
+        signs = {sign.name: sign(mask) for sign in self.signs}
+        return Standing(self.error(mask) - self._first, signs, cut, None if self.goal is None else self.goal(mask))
 
     def _observation(self) -> spaces.GraphInstance:
         nodes = self.nodes[max(0, self._next)]

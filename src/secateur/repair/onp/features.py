@@ -11,32 +11,56 @@ from torch import Tensor, nn
 from ...models import core
 from ...models.channels import NORMS, trace_channels
 from ...prune.lipschitz import lipschitz
+from ...prune.mask import Edit
 from ...state import generator
-from ...types import ImageSet
+from ...types import ChannelMask, ImageSet
 from ..bnp import Moments, divergence, watch
-from .layers import Feeding, Layer
+from .layers import Feeding, Layer, mask_of
 from .signs import Sign
 
 SIGNS = "noise", "unlearned", "trigger"
 SLOPES = "error", *SIGNS
 OWN = "fed", "feeds", "scale", "shift", "mean", "variance", "activation", "spread", "lipschitz", "divergence"
 PLACE = "depth", "size", "tied"
-NAMES = (*(f"{name} in its layer" for name in (*OWN, *SLOPES)), *(f"{name} in the network" for name in SLOPES), *PLACE)
-FAR = 5.0  # standard deviations beyond which a number tells no more
+NAMES = (
+    *(f"{name} in its layer" for name in (*OWN, *SLOPES)),
+    *(f"{name} in the network" for name in SLOPES),
+    *(f"{name} without it" for name in (*SLOPES, "signs")),
+    *PLACE,
+)
+UNIT = {"error": 0.01, **dict.fromkeys((*SIGNS, "signs"), 0.1)}  # a point of accuracy is as much as ten of a sign
+FAR = 5.0  # standard deviations, or units, beyond which a number tells no more
 
 
-def features(model: nn.Module, clean: ImageSet, layers: Sequence[Layer], signs: Sequence[Sign]) -> list[Tensor]:
+def features(
+    model: nn.Module,
+    clean: ImageSet,
+    layers: Sequence[Layer],
+    signs: Sequence[Sign],
+    alone: Mapping[str, Sequence[Tensor]] | None = None,
+) -> list[Tensor]:
     """Return the features of each layer's neurons, float32 ``(size, len(NAMES))``; one column per name of `NAMES`.
 
     * Its own: l1 norms of what feeds it and of what it feeds; scale, shift and running statistics of its batch-norm; mean and
       standard deviation of what leaves it on clean images; CLP's Lipschitz bound; BNP's divergence.
     * Slopes: how each sign's loss rises with a factor on the neuron (`Sign.slopes`); 0 for a sign that is not there.
+    * Without it: by how much each sign, and their mean, rises when this neuron alone is cut, as `without` tells; 0 where that
+      is not given.
     * Where it is: depth, the logarithm of the layer's size, whether it is one of a residual stream.
 
-    The numbers of the first two are in standard deviations from the mean of the layer, slopes also from that of the network, at
-    most 5. In a residual stream those of all sites are averaged, slopes summed.
+    The numbers of the first two are in standard deviations from the mean of the layer, slopes also from that of the network;
+    those of the third in `UNIT`; all at most 5. In a residual stream numbers of all sites are averaged, slopes summed.
+
+    Args:
+        model: Not changed.
+        clean: Images for its own numbers.
+        layers: Of the network.
+        signs: Whose slopes are told.
+        alone: Sign -> for each layer ``(size,)``: how its share rises without each neuron.
     """
-    own = _own(model, clean)
+    own, told = _own(model, clean), dict(alone or {})
+    if seen := [rises for name, rises in told.items() if name in SIGNS]:
+        told["signs"] = [torch.stack(rises).mean(0) for rises in zip(*seen, strict=True)]
     slopes = {sign.name: sign.slopes for sign in signs}
     columns: dict[str, list[Tensor]] = {}
     for name in (*OWN, *SLOPES):
@@ -47,9 +71,23 @@ def features(model: nn.Module, clean: ImageSet, layers: Sequence[Layer], signs: 
     for number, layer in enumerate(layers):
         parts = [_standard(columns[name][number]) for name in (*OWN, *SLOPES)]
         parts += [everywhere[name][number] for name in SLOPES]
+        parts += [_without(told, name, number, layer.size) for name in (*SLOPES, "signs")]
         place = torch.tensor([layer.depth, torch.tensor(layer.size).log10(), float(len(layer.sites) > 1)])
         found.append(torch.cat([torch.stack(parts, 1), place.expand(layer.size, -1)], dim=1).float())
     return found
+
+
+def without(sign: Sign, layers: Sequence[Layer], edit: Edit) -> list[Tensor]:
+    """Return for each layer ``(size,)``: by how much a sign's share rises when a neuron alone is cut; an evaluation each."""
+    before, found = sign(ChannelMask({})), []
+    for layer in reversed(layers):  # what lies before the layer stays computed
+        keeps = ~torch.eye(layer.size, dtype=torch.bool)
+        found.append(torch.tensor([sign(mask_of(sign.base, [layer], [keep], edit)) - before for keep in keeps]))
+    return found[::-1]
+
+
+def _without(alone: Mapping[str, Sequence[Tensor]], name: str, number: int, size: int) -> Tensor:
+    return (alone[name][number].double() / UNIT[name]).clamp(-FAR, FAR) if name in alone else torch.zeros(size).double()
 
 
 def _of(layer: Layer, by_site: Mapping[str, Tensor], summed: bool) -> Tensor:

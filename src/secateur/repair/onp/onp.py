@@ -5,7 +5,7 @@ Li, Yu, Yi, "Optimized Neuron Pruning" (arXiv:2405.17746, 2024); their code is n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, get_args
 
 import torch
@@ -22,7 +22,7 @@ from ...state import seeded
 from ...train import OnNote, OnStep
 from ...types import Candidate, HardMask, ImageSet, NeuronGraph, Repaired
 from ..evidence import examine, grown
-from .features import features
+from .features import features, without
 from .layers import Layer, Residual, layers, mask_of
 from .signs import Sign, clean_errors, noisy, triggered, unlearned
 
@@ -48,6 +48,7 @@ def onp(
     lr: float = 3e-3,
     width: int = 32,
     degree: int = 8,
+    alone: bool = True,
     residual: Residual = "tied",
     edit: Edit = "weight",
     precision: Precision = "float32",
@@ -70,8 +71,9 @@ def onp(
         clean: Labelled clean images: three quarters are learned from, a quarter chooses how much to cut.
         proxies: What shows a backdoor, joined by ``+``: inverted ``trigger``s, an ``unlearned`` copy, neuron ``noise``; or
             ``none``.
-        policy: Folder of a policy to start from (see `secateur.repair.onp.saved`). Without one it starts as a rule: the further
-            the slope of a sign stands out, the likelier the neuron is cut. ``random`` starts without that.
+        policy: What to start from. Without one a rule: the further the slope of a sign stands out, the likelier the neuron is
+            cut; ``random`` starts without that; ``pretrained`` is the policy that comes with the package; otherwise the folder
+            of a policy (see `secateur.repair.onp.saved`).
         games: To learn from, >= 0. With 0 the policy is used as it is.
         images: Clean images that tell a sign, >= 1; accuracy is told by up to four times as many.
         drop: Clean accuracy that the cut may cost, in [0, 1].
@@ -79,6 +81,7 @@ def onp(
         lr: Learning rate of the policy, > 0.
         width: Of a new policy, >= 1.
         degree: Neighbours that each neuron chooses, >= 0; 0 looks at each neuron alone.
+        alone: Look what happens without each neuron before the first game: as many evaluations as there are neurons.
         residual: Whether the channels of a residual stream go ``tied`` or ``apart``.
         edit: Set the ``weight`` of a cut neuron to 0, or ``weight+bias``.
         precision: Of the inversion.
@@ -99,7 +102,7 @@ def onp(
     try:
         from .policy import Policy
         from .ppo import Learner, chances, train
-        from .saved import WIDEST, load_policy
+        from .saved import PRETRAINED, WIDEST, load_policy
     except ImportError:
         raise MethodError("onp needs torch_geometric and gymnasium; run: pip install secateur[onp]") from None
     check_range("games", games, 0, 2**31)
@@ -109,7 +112,7 @@ def onp(
     check_range("drop", drop, 0, 1)
     check_range("price", price, 0, 1e6)
     wanted = read_proxies(proxies)
-    start = load_policy(policy) if policy not in ("", "random") else None  # refused now, not after the inversion
+    start = None if policy in ("", "random") else load_policy(PRETRAINED if policy == "pretrained" else policy)
     check_choice("edit", edit, get_args(Edit))
     check_choice("precision", precision, get_args(Precision))
     found = layers(model, clean.shape, degree=degree, residual=residual)
@@ -117,7 +120,10 @@ def onp(
     drawn = torch.randperm(len(fitted), generator=generator)
     few, more = fitted.subset(drawn[:images]), fitted.subset(drawn[: ACCURATE * images])
     signs, notes = seek(model, fitted, few, wanted, precision=precision, generator=generator)
-    env = board(clean_errors(model, more), found, signs, drop=drop, price=price, edit=edit)
+    single = [clean_errors(model, few), *signs] if alone else []
+    each = {sign.name: without(sign, found, edit) for sign in single}
+    env = board(clean_errors(model, more), found, signs, alone=each, drop=drop, price=price, edit=edit)
+    env.evaluations += sum(layer.size for layer in found) if alone else 0
     with seeded(generator):
         learner = Learner(start or Policy(width=width, rule=policy != "random"), lr=lr)
 
@@ -190,13 +196,22 @@ def seek(
 
 
 def board(
-    error: Sign, found: Sequence[Layer], signs: Sequence[Sign], *, drop: float, price: float, edit: Edit = "weight"
+    error: Sign,
+    found: Sequence[Layer],
+    signs: Sequence[Sign],
+    *,
+    alone: Mapping[str, Sequence[Tensor]] | None = None,
+    drop: float,
+    price: float,
+    edit: Edit = "weight",
+    goal: Callable[[HardMask], float] | None = None,
 ) -> Pruning:
-    """Return the game of a network: its layers, its error on clean images, and the signs that are to become small."""
+    """Return the game of a network: its layers, its error on clean images, and what is to become small (see `Pruning`)."""
     from .env import Pruning
 
-    nodes = features(error.base, error.images, found, [error, *signs])
-    return Pruning(error.base, found, nodes, error, signs, drop=drop, price=price, edit=edit)
+    told = {name: alone[name] for name in ("error", *(sign.name for sign in signs))} if alone else None
+    nodes = features(error.base, error.images, found, [error, *signs], told)
+    return Pruning(error.base, found, nodes, error, signs, drop=drop, price=price, edit=edit, goal=goal)
 
 
 def choose(

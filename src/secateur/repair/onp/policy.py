@@ -14,8 +14,9 @@ from torch_geometric.nn import SAGEConv, global_max_pool, global_mean_pool
 from .env import CONTEXT
 from .features import NAMES, SIGNS
 
-SHY, RULE = -4.0, 1.0  # log-odds of a cut before anything is learned, and what a standard deviation of slope adds to them
+SHY, RULE = -5.0, 1.0  # log-odds of a cut before anything is learned, and what a unit of the rules adds to them
 SLOPES = tuple(NAMES.index(f"{name} in the network") for name in SIGNS)
+GAIN, COST = NAMES.index("signs without it"), NAMES.index("error without it")
 
 
 class Graphs(NamedTuple):
@@ -35,8 +36,9 @@ class Graphs(NamedTuple):
 class Policy(nn.Module):
     """Two graph convolutions (GraphSAGE, arXiv:1706.02216) over a layer, one head for its nodes and one for the game.
 
-    It starts as a rule, by which a neuron is cut the likelier the further its largest slope stands out (see `features`), and
-    learns what to add to that. In a layer without edges each neuron is looked at alone: a multilayer perceptron.
+    It starts as two rules (see `features`), by which a neuron is cut the likelier the further its largest slope stands out, and
+    the more the signs fall and the less the error rises without it, and learns what to add to that. In a layer without edges
+    each neuron is looked at alone: a multilayer perceptron.
     """
 
     def __init__(self, *, width: int = 32, rule: bool = True) -> None:
@@ -48,7 +50,7 @@ class Policy(nn.Module):
         self.judge = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1))
         nn.init.zeros_(self.act.weight)
         nn.init.constant_(self.act.bias, SHY)
-        self.rule = nn.Parameter(torch.tensor(RULE if rule else 0.0))
+        self.rules = nn.Parameter(torch.full((2,), RULE if rule else 0.0))
 
     def forward(self, shown: Graphs) -> tuple[Tensor, Tensor]:
         """Return the log-odds of a cut for each node, ``(nodes,)``, and the value of each graph, ``(graphs,)``."""
@@ -57,7 +59,9 @@ class Policy(nn.Module):
             x = x + F.relu(layer(x, shown.edges))
         pooled = torch.cat([global_mean_pool(x, shown.of), global_max_pool(x, shown.of)], dim=1)
         slopes = shown.x[:, SLOPES].amax(1).clamp_min(0)
-        return self.act(x).squeeze(1) + self.rule * slopes, self.judge(pooled).squeeze(1)
+        gains = -shown.x[:, GAIN] - shown.x[:, COST].clamp_min(0)
+        likely = self.act(x).squeeze(1) + torch.stack([slopes, gains], 1) @ self.rules
+        return likely, self.judge(pooled).squeeze(1)
 
 
 def together(observations: Sequence[Any]) -> Graphs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from .policy import Policy, together
 GAMMA, LAMBDA = 0.99, 0.95
 CLIP, EPOCHS = 0.2, 4
 CRITIC, ENTROPY = 0.5, 0.003
-ASCENT, LARGEST = 20.0, 100.0  # of the multiplier: its rate, and its bound
+ASCENT, SMALLEST, LARGEST = 0.2, 1.0, 100.0  # of the multiplier's logarithm, and the multiplier's bounds
 
 
 @dataclass
@@ -134,7 +135,8 @@ def train(
         generator: Source of all randomness.
 
     Returns:
-        For each update the games so far, the evaluations, and the means of reward, rise, sign and share cut at the end.
+        For each update the games so far, the evaluations, and the means of reward, rise, signs (or goal) and share cut
+        at the end.
 
     Raises:
         ModelError: ``progress`` is of another run.
@@ -151,7 +153,8 @@ def train(
             ends.append((env, env.standing))
         learner.update(played)
         for env, standing in ends:
-            env.multiplier = min(LARGEST, max(0.0, env.multiplier + ASCENT * (standing.rise - env.drop)))
+            broken = min(1.0, max(-1.0, (standing.rise - env.drop) / max(env.drop, 0.005)))
+            env.multiplier = min(LARGEST, max(SMALLEST, env.multiplier * math.exp(ASCENT * broken / at_once)))
         count = len(ends)
         history.append(
             {
@@ -159,7 +162,7 @@ def train(
                 "evaluations": float(sum(env.evaluations for env in envs)),
                 "reward": sum(sum(game.rewards) for game in played) / count,
                 "rise": sum(standing.rise for _, standing in ends) / count,
-                "sign": sum(standing.sign for _, standing in ends) / count,
+                "sign": sum(standing.backdoor for _, standing in ends) / count,
                 "cut": sum(standing.cut for _, standing in ends) / count,
             }
         )
@@ -195,8 +198,9 @@ def _fingerprint(learner: Learner, envs: Sequence[Pruning], at_once: int, genera
     """
     digest = hashlib.sha256(repr((learner.lr, at_once)).encode())
     for env in envs:
-        rules = (env.drop, env.price, env.edit, env.error.images.sha256, [sign.name for sign in env.signs])
-        digest.update(repr((rules, [layer.sites for layer in env.layers])).encode())
+        seen = env.error.images.sha256, [sign.name for sign in env.signs], env.goal is not None
+        rules = env.drop, env.price, env.edit, [layer.sites for layer in env.layers]
+        digest.update(repr((seen, rules)).encode())
     networks = [tensor for env in envs for tensor in env.model.state_dict().values()]
     edges = [layer.edges for env in envs for layer in env.layers]
     for tensor in (generator.get_state(), *learner.policy.state_dict().values(), *networks, *edges):

@@ -15,6 +15,7 @@ from .features import NAMES
 from .policy import Policy
 
 FORMAT = 1
+PRETRAINED = Path(__file__).parent / "pretrained"  # by scripts/train_onp_policy.py
 WIDEST = 4096
 
 
