@@ -6,22 +6,25 @@ Li, Yu, Yi, "Optimized Neuron Pruning" (arXiv:2405.17746, 2024); their code is n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ...data import holdout
+from ...data import count_steps, holdout
 from ...detect import Precision
 from ...errors import MethodError, check_choice, check_range
 from ...forward import Incremental
 from ...measure import wilson
-from ...prune.mask import Edit, apply_mask, collapsed, masked_values, removed
+from ...prune import apply_and_heal
+from ...prune.mask import Edit, masked_values, removed
 from ...prune.neurons import growing
 from ...state import seeded
 from ...train import OnNote, OnStep
 from ...types import Candidate, HardMask, ImageSet, NeuronGraph, Repaired
 from ..evidence import examine, grown
+from ..fine_tuning import healing
 from .features import features, without
 from .layers import Layer, Residual, layers, mask_of
 from .signs import Sign, clean_errors, noisy, triggered, unlearned
@@ -43,8 +46,10 @@ def onp(
     policy: str = "",
     games: int = 64,
     images: int = 256,
-    drop: float = 0.02,
+    drop: float = 0.1,
     price: float = 0.05,
+    epochs: int = 10,
+    tuning_lr: float = 0.02,
     lr: float = 3e-3,
     width: int = 32,
     degree: int = 8,
@@ -56,7 +61,7 @@ def onp(
     on_note: OnNote | None = None,
     generator: torch.Generator,
 ) -> Repaired:
-    """Let a graph network learn, game by game, which neurons to cut, and cut along its ranking.
+    """Let a graph network learn, game by game, which neurons to cut; cut them, and fine-tune what is left.
 
     A game goes from the last layer to the first. For each, the policy sees a graph of its neurons (see
     `secateur.repair.onp.layers` and `features`) and says which go; a move is rewarded by how much it lowers the signs of a
@@ -76,16 +81,18 @@ def onp(
             of a policy (see `secateur.repair.onp.saved`).
         games: To learn from, >= 0. With 0 the policy is used as it is.
         images: Clean images that tell a sign, >= 1; accuracy is told by up to four times as many.
-        drop: Clean accuracy that the cut may cost, in [0, 1].
+        drop: Clean accuracy that the cut may cost before the fine-tuning, in [0, 1].
         price: Of cutting all neurons, >= 0, where the signs are worth at most 1.
+        epochs: Of fine-tuning after the cut, >= 0; 0 leaves it out (then ``drop`` is what is lost in the end).
+        tuning_lr: Learning rate of the fine-tuning, > 0.
         lr: Learning rate of the policy, > 0.
         width: Of a new policy, >= 1.
         degree: Neighbours that each neuron chooses, >= 0; 0 looks at each neuron alone.
         alone: Look what happens without each neuron before the first game: as many evaluations as there are neurons.
         residual: Whether the channels of a residual stream go ``tied`` or ``apart``.
         edit: Set the ``weight`` of a cut neuron to 0, or ``weight+bias``.
-        precision: Of the inversion.
-        on_step: Progress in games.
+        precision: Of the inversion and the fine-tuning.
+        on_step: Progress in games, then in steps of the fine-tuning.
         on_note: Told after each update how its games went.
         generator: Source of all randomness.
 
@@ -97,7 +104,7 @@ def onp(
     What is the paper's: a graph per layer of the network, nodes for neurons, edges by the cosine between vectors of l1 norms,
     coupled channels of residual streams that go together, a graph network that learns by reinforcement, little clean data.
     What is not published, and ours: the kind of graph network (GraphSAGE), the algorithm (PPO), features, moves, reward, the
-    number of neighbours in place of a threshold, and the ranking in the end.
+    number of neighbours in place of a threshold, the ranking in the end, and the fine-tuning.
     """
     try:
         from .policy import Policy
@@ -108,6 +115,8 @@ def onp(
     check_range("games", games, 0, 2**31)
     check_range("images", images, 1, 2**31)
     check_range("lr", lr, 1e-12, 1e6)
+    recipe = replace(healing(epochs, tuning_lr), precision=precision)
+    whole = games + epochs * count_steps(len(clean), recipe.batch_size)
     check_range("width", width, 1, WIDEST)
     check_range("drop", drop, 0, 1)
     check_range("price", price, 0, 1e6)
@@ -129,7 +138,7 @@ def onp(
 
     def watch(done: int, means: Mapping[str, float]) -> None:
         if on_step is not None:
-            on_step(done, games)
+            on_step(done, whole)
         if on_note is not None:
             on_note(f"{done} of {games} games: {said(means)}")
 
@@ -141,13 +150,16 @@ def onp(
         if len(path) > 1:
             why = f"the {len(path) - 1} best cuts cost too much on images kept for this; allow more (drop)"
         notes = (*notes, f"nothing was cut: {why}")
-    notes = (*notes, *(f"layer collapse: nothing is left of '{name}'" for name in collapsed(mask)))
+    healed = apply_and_heal(
+        model, clean, mask, heal=recipe,
+        on_step=None if on_step is None else lambda step, _: on_step(games + step, whole), generator=generator,
+    )  # fmt: skip
     return Repaired(
-        apply_mask(model, mask).eval(),
+        healed.model,
         mask,
         path,
-        log={"evaluations": float(env.evaluations)},
-        notes=notes,
+        log={**healed.log, "evaluations": float(env.evaluations)},
+        notes=(*notes, *healed.notes),
         history=tuple(history),
         graphs=graphs,
     )
