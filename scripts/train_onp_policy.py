@@ -3,8 +3,8 @@
     secateur bench run plans/onp-policy.cpu.toml --data cifar10.npz
     OMP_NUM_THREADS=1 python scripts/train_onp_policy.py plans/onp-policy.cpu.toml --data cifar10.npz --games 2000
 
-plays on all victims of the plan in turn, with every set of proxies in turn, so that the policy learns to use what is there, and
-writes ``policy.json``, ``policy.safetensors`` and ``provenance.json`` (victims, settings, the learning). Killed, the same
+plays on all victims of the plan in turn, with every set of proxies in turn, so that the policy learns to use what it is given,
+and writes ``policy.json``, ``policy.safetensors`` and ``provenance.json`` (victims, settings, the learning). Killed, the same
 command goes on after the last update (``--progress``). The victims are one's own, and their triggers known: the reward counts
 attack success itself, so that the policy learns which signs of a backdoor to believe. It is shown the signs alone.
 """
@@ -28,6 +28,7 @@ from secateur.bench.store import Store
 from secateur.data import load_data, load_trigger
 from secateur.models import load_bundle
 from secateur.repair.onp.env import Pruning
+from secateur.repair.onp.features import without
 from secateur.repair.onp.layers import layers
 from secateur.repair.onp.onp import ACCURATE, board, seek
 from secateur.repair.onp.policy import Policy
@@ -37,7 +38,10 @@ from secateur.repair.onp.signs import clean_errors, triggered
 from secateur.state import generator, seeded
 from secateur.types import HardMask, ImageSet
 
-SETS = ("trigger", "unlearned", "noise"), ("trigger", "unlearned"), ("unlearned", "noise"), ("unlearned",), ("trigger",)
+SETS = (  # signs, and whether what happens without each neuron is told
+    (("trigger", "unlearned"), True), (("trigger", "unlearned", "noise"), True), (("unlearned", "noise"), True),
+    (("unlearned", "noise"), False), (("unlearned",), True), (("trigger",), False),
+)  # fmt: skip
 
 
 def main() -> None:
@@ -65,7 +69,7 @@ def main() -> None:
         "plan": plan.name,
         "victims": {victim.key: f"{victim.args['model']} {victim.args['kwargs']}, {victim.label}" for victim in victims},
         "settings": {name: value for name, value in vars(given).items() if name in SETTINGS},
-        "proxies": ["+".join(some) for some in SETS],
+        "proxies": ["+".join(names) + (" alone" if single else "") for names, single in SETS],
         "history": history,
     }
     (given.output / "provenance.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
@@ -84,7 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, default=PRETRAINED)
     parser.add_argument("--games", type=int, default=2000)
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--drop", type=float, default=0.02)
+    parser.add_argument("--drop", type=float, default=0.1)
     parser.add_argument("--price", type=float, default=0.05)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--width", type=int, default=32)
@@ -94,19 +98,22 @@ def arguments() -> argparse.Namespace:
 
 
 def boards(victim: Node, store: Store, given: argparse.Namespace) -> Iterator[Pruning]:
-    """Yield the games of a victim, one for each set of proxies."""
+    """Yield the games of a victim, one for each of `SETS`."""
     folder, data = store.folder(victim.key), store.folder(victim.parents["data"])
     model, clean = load_bundle(folder / "model"), load_data(data / "clean.npz")
     random = generator(given.seed)
     drawn = torch.randperm(len(clean), generator=random)
     few, more = clean.subset(drawn[: given.images]), clean.subset(drawn[: ACCURATE * given.images])
     found = layers(model, clean.shape, degree=given.degree)
-    names = sorted({name for some in SETS for name in some})
-    signs = dict(zip(names, seek(model, clean, few, names, precision="bfloat16", generator=random)[0], strict=True))
-    error = clean_errors(model, more)
+    wanted = sorted({name for names, _ in SETS for name in names})
+    signs = dict(zip(wanted, seek(model, clean, few, wanted, precision="bfloat16", generator=random)[0], strict=True))
+    alone = {sign.name: without(sign, found, "weight") for sign in (clean_errors(model, few), *signs.values())}
     goal = attacked(model, folder / "trigger", load_data(data / "test.npz", limit=given.images))
-    for some in SETS:
-        yield board(error, found, [signs[name] for name in some], drop=given.drop, price=given.price, goal=goal)
+    error, rules = clean_errors(model, more), {"drop": given.drop, "price": given.price, "goal": goal}
+    for names, single in SETS:
+        own = [signs[name] for name in names]
+        yield board(error, found, own, alone=alone if single else None, **rules)
+    print(f"{victim.label} is ready", flush=True)
 
 
 def attacked(model: nn.Module, trigger: Path, images: ImageSet) -> Callable[[HardMask], float]:
