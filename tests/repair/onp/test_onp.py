@@ -202,6 +202,13 @@ def test_what_costs_too_much_on_images_of_the_game_or_on_others_is_not_taken(vic
     assert cut_of(chosen(victim.model, board)[2]) == []
 
 
+def test_beyond_the_ruin_of_accuracy_nothing_is_tried(victim):
+    asked: list[int] = []
+    board = Board(victim.model, lambda gone: -gone / 1000, rise=lambda gone: asked.append(gone) or float(gone > 5))
+    chosen(victim.model, board)
+    assert asked == [0, 1, 2, 3, 4, 5, 6]
+
+
 def test_what_is_cut_has_its_price(victim):
     board = Board(victim.model, lambda gone: 0.3 if gone > 3 else 0.5)
     board.drop, board.price = 1.0, 0.1

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 PROXIES = "trigger", "unlearned", "noise"
 JUDGED = 0.25  # share of the clean images that are kept for the choice among cuts
 ACCURATE = 4  # times as many images tell accuracy as tell a sign: to lose ``drop`` is less to see
+RUIN = 0.2  # what a cut may cost beyond ``drop`` before larger ones are not tried
 LISTED = 32  # cuts that are judged in the end, at most
 
 
@@ -247,6 +248,8 @@ def choose(
         keep = torch.ones(len(order), dtype=torch.bool)
         keep[order[:count]] = False
         ends.append((env.stand(keep.split(sizes)), keep.split(sizes)))
+        if ends[-1][0].rise > env.drop + RUIN:
+            break
     distinct = {torch.cat(keeps).numpy().tobytes(): (standing, keeps) for standing, keeps in ends}
     able = [(standing, keeps) for standing, keeps in distinct.values() if standing.rise <= env.drop]
     able.sort(key=lambda end: end[0].sign + env.price * end[0].cut)
