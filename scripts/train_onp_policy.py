@@ -70,9 +70,10 @@ def main() -> None:
         "victims": {victim.key: f"{victim.args['model']} {victim.args['kwargs']}, {victim.label}" for victim in victims},
         "settings": {name: value for name, value in vars(given).items() if name in SETTINGS},
         "proxies": ["+".join(names) + (" alone" if single else "") for names, single in SETS],
-        "history": history,
+        "history": {name: [float(f"{entry[name]:.4g}") for entry in history] for name in history[0]},
     }
-    (given.output / "provenance.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
+    (given.output / "provenance.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
 
 
 SETTINGS = "games", "images", "drop", "price", "lr", "width", "degree", "seed"

@@ -39,6 +39,7 @@ def python(site, code, folder):
 def test_the_wheel_holds_the_package_and_its_data(site):
     assert (site / "secateur" / "py.typed").exists()
     assert (site / "secateur" / "report" / "result.schema.json").exists()
+    assert (site / "secateur" / "repair" / "onp" / "pretrained" / "policy.safetensors").exists()
     assert not (site / "tests").exists()
 
 

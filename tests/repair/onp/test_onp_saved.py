@@ -13,7 +13,7 @@ from secateur.errors import ModelError
 from secateur.repair.onp import onp
 from secateur.repair.onp.policy import Policy
 from secateur.repair.onp.ppo import chances
-from secateur.repair.onp.saved import load_policy, save_policy
+from secateur.repair.onp.saved import PRETRAINED, load_policy, save_policy
 from secateur.state import generator
 
 
@@ -84,3 +84,14 @@ def test_damaged_or_missing_weights_are_refused(folder, tmp_path):
         load_policy(folder)
     with pytest.raises(ModelError, match="must be a file, found none"):
         load_policy(tmp_path / "nowhere")
+
+
+def test_the_policy_that_comes_with_the_package_says_what_it_was_trained_on(victim):
+    record = json.loads((PRETRAINED / "provenance.json").read_text("utf-8"))
+    assert record["settings"]["width"] == load_policy(PRETRAINED).width
+    assert len(record["victims"]) == 5
+    assert record["history"]["games"][-1] == record["settings"]["games"]
+    used = {"proxies": "unlearned", "alone": False, "games": 0, "images": 32, "epochs": 0}
+    result = onp(victim.model, make_images(60, 9), policy="pretrained", **used, generator=generator(0))
+    assert result.history == ()
+    assert result.log["evaluations"] > 1
