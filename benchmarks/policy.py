@@ -66,7 +66,7 @@ def games(net: nn.Module, number: int, shown: int, *, full: bool) -> tuple[float
         Sign(name, net, images(SHOWN, seed), torch.zeros(SHOWN).long()) for seed, name in enumerate(("unlearned", "noise"), 1)
     ]
     found = layers(net, (3, 32, 32))
-    nodes = features(net, images(SHOWN, 3), found, signs)
+    nodes = features(net, images(SHOWN, 3), found, signs, {})
     for sign in signs:
         kind = Full if full else Incremental
         sign._evaluator = kind(net, sign.images)  # type: ignore[assignment]

@@ -1,12 +1,13 @@
 """Train a policy for the method ``onp`` on the victims of a plan.
 
     secateur bench run plans/onp-policy.cpu.toml --data cifar10.npz
-    OMP_NUM_THREADS=1 python scripts/train_onp_policy.py plans/onp-policy.cpu.toml --data cifar10.npz --games 2000
+    OMP_NUM_THREADS=1 python scripts/train_onp_policy.py plans/onp-policy.cpu.toml --data cifar10.npz --games 1500
 
 plays on all victims of the plan in turn, with every set of proxies in turn, so that the policy learns to use what it is given,
 and writes ``policy.json``, ``policy.safetensors`` and ``provenance.json`` (victims, settings, the learning). Killed, the same
 command goes on after the last update (``--progress``). The victims are one's own, and their triggers known: the reward counts
-attack success itself, so that the policy learns which signs of a backdoor to believe. It is shown the signs alone.
+attack success itself (on clean images with the trigger; no test image is used), so that the policy learns which signs of a
+backdoor to believe. It is shown the signs alone.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import secateur
 from secateur.bench.nodes import Node, expand
@@ -28,7 +28,7 @@ from secateur.bench.store import Store
 from secateur.data import load_data, load_trigger
 from secateur.models import load_bundle
 from secateur.repair.onp.env import Pruning
-from secateur.repair.onp.features import without
+from secateur.repair.onp.features import ablations
 from secateur.repair.onp.layers import layers
 from secateur.repair.onp.onp import ACCURATE, board, seek
 from secateur.repair.onp.policy import Policy
@@ -36,9 +36,8 @@ from secateur.repair.onp.ppo import Learner, train
 from secateur.repair.onp.saved import PRETRAINED, save_policy
 from secateur.repair.onp.signs import clean_errors, triggered
 from secateur.state import generator, seeded
-from secateur.types import HardMask, ImageSet
 
-SETS = (  # signs, and whether what happens without each neuron is told
+SETS = (  # signs, and whether ablations are told
     (("trigger", "unlearned"), True), (("trigger", "unlearned", "noise"), True), (("unlearned", "noise"), True),
     (("unlearned", "noise"), False), (("unlearned",), True), (("trigger",), False),
 )  # fmt: skip
@@ -54,23 +53,25 @@ def main() -> None:
     random = generator(given.seed)
     with seeded(random):
         learner = Learner(Policy(width=given.width), lr=given.lr)
-    start = time.monotonic()
+    start, settings = time.monotonic(), {name: value for name, value in vars(given).items() if name in SETTINGS}
 
     def tell(done: int, means: dict[str, float]) -> None:
         shown = ", ".join(f"{name} {value:.3f}" for name, value in means.items() if name not in ("games", "evaluations"))
         print(f"{done} games, {time.monotonic() - start:.0f} s: {shown}", flush=True)
 
     history = train(
-        learner, envs, games=given.games, at_once=len(SETS) * 2, on_update=tell, progress=given.progress, generator=random
-    )
+        learner, envs, games=given.games, at_once=len(SETS) * 2, on_update=tell, progress=given.progress,
+        run=repr(settings | {"games": None}), generator=random,
+    )  # fmt: skip
     save_policy(learner.policy, given.output)
     record = {
         "secateur": secateur.__version__,
+        "torch": torch.__version__,
         "plan": plan.name,
         "victims": {victim.key: f"{victim.args['model']} {victim.args['kwargs']}, {victim.label}" for victim in victims},
-        "settings": {name: value for name, value in vars(given).items() if name in SETTINGS},
-        "proxies": ["+".join(names) + (" alone" if single else "") for names, single in SETS],
-        "history": {name: [float(f"{entry[name]:.4g}") for entry in history] for name in history[0]},
+        "settings": settings,
+        "proxies": ["+".join(names) + (" ablated" if single else "") for names, single in SETS],
+        "history": {name: [round(entry[name], 4) for entry in history] for name in history[0]},
     }
     lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
     (given.output / "provenance.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
@@ -87,7 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--store", type=Path, default=Path("secateur-store"))
     parser.add_argument("--progress", type=Path, default=Path("onp-policy.progress"))
     parser.add_argument("-o", "--output", type=Path, default=PRETRAINED)
-    parser.add_argument("--games", type=int, default=2000)
+    parser.add_argument("--games", type=int, default=1500)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--drop", type=float, default=0.1)
     parser.add_argument("--price", type=float, default=0.05)
@@ -108,18 +109,13 @@ def boards(victim: Node, store: Store, given: argparse.Namespace) -> Iterator[Pr
     found = layers(model, clean.shape, degree=given.degree)
     wanted = sorted({name for names, _ in SETS for name in names})
     signs = dict(zip(wanted, seek(model, clean, few, wanted, precision="bfloat16", generator=random)[0], strict=True))
-    alone = {sign.name: without(sign, found, "weight") for sign in (clean_errors(model, few), *signs.values())}
-    goal = attacked(model, folder / "trigger", load_data(data / "test.npz", limit=given.images))
+    ablated = {sign.name: ablations(sign, found, "weight") for sign in (clean_errors(model, few), *signs.values())}
+    goal = (lambda mask: 0.0) if victim.method == "none" else triggered(model, few, [load_trigger(folder / "trigger")])
     error, rules = clean_errors(model, more), {"drop": given.drop, "price": given.price, "goal": goal}
     for names, single in SETS:
         own = [signs[name] for name in names]
-        yield board(error, found, own, alone=alone if single else None, **rules)
+        yield board(error, found, own, ablated=ablated if single else None, **rules)
     print(f"{victim.label} is ready", flush=True)
-
-
-def attacked(model: nn.Module, trigger: Path, images: ImageSet) -> Callable[[HardMask], float]:
-    """Return what says how often an attack succeeds under a mask: 0 for a network without a backdoor."""
-    return triggered(model, images, [load_trigger(trigger)]) if trigger.exists() else lambda mask: 0.0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from secateur.measure import evaluate
 from secateur.prune.mask import removed
 from secateur.repair.onp import onp
 from secateur.repair.onp.env import Standing
+from secateur.repair.onp.features import NAMES
 from secateur.repair.onp.layers import layers, mask_of
 from secateur.repair.onp.onp import choose, read_proxies
 from secateur.state import generator
@@ -25,7 +27,8 @@ QUICK = partial(onp, proxies="unlearned", games=16, images=64, epochs=0)
 
 @pytest.fixture(scope="module")
 def repaired(victim):
-    return onp(victim.model, make_images(200, 9), proxies="unlearned", games=128, drop=0.05, generator=generator(0))
+    clean = make_images(200, 9)
+    return onp(victim.model, clean, proxies="unlearned", games=128, drop=0.05, epochs=0, generator=generator(0))
 
 
 def test_it_takes_a_backdoor_out(victim, repaired):
@@ -34,9 +37,21 @@ def test_it_takes_a_backdoor_out(victim, repaired):
     assert after.attack_success is not None
     assert after.attack_success.value < 0.3
     assert sum(removed(repaired.mask).values()) > 0
-    assert repaired.log["evaluations"] > 0
-    for name, keep in repaired.mask.keep.items():
-        assert not bool(repaired.model.get_parameter(f"net.{name}")[~keep].any())  # held while it was tuned
+    cut, whole = sum(len(graph.cut) for graph in repaired.graphs), sum(graph.size for graph in repaired.graphs)
+    assert repaired.log["removed_share"] == cut / whole == repaired.path[-1].amount
+    assert repaired.log["evaluations"] > whole
+
+
+def test_what_was_cut_stays_cut_while_the_rest_is_tuned(victim):
+    result = QUICK(victim.model, make_images(200, 9), proxies="none", games=0, drop=0.3, epochs=2, generator=generator(0))
+    moved = False
+    for name, value in result.model.named_parameters():
+        keep = result.mask.keep.get(name.removeprefix("net."))
+        if keep is not None:
+            assert not bool(value[~keep].any())
+        moved = moved or not torch.equal(value, victim.model.get_parameter(name))
+    assert result.log["removed"] > 0
+    assert moved
 
 
 def test_the_result_shows_how_it_was_learned_and_what_was_cut_where(victim, repaired):
@@ -103,6 +118,32 @@ def test_where_nothing_is_cut_it_says_why(judged, why, victim, monkeypatch):
     monkeypatch.setattr(module, "choose", lambda *given, **more: (path, ChannelMask({}), whole))
     result = QUICK(victim.model, make_images(60, 9), games=0, generator=generator(0))
     assert f"nothing was cut: {why}" in result.notes
+    result = QUICK(victim.model, make_images(60, 9), games=0, epochs=1, generator=generator(0))
+    assert f"nothing was cut, and the network only fine-tuned: {why}" in result.notes
+
+
+def test_the_policy_is_told_of_ablations_unless_it_is_not_to_be(victim, monkeypatch):
+    module, boards = sys.modules["secateur.repair.onp.onp"], []
+    real = module.board
+    monkeypatch.setattr(module, "board", lambda *given, **more: boards.append(real(*given, **more)) or boards[-1])
+    columns = [NAMES.index(f"{name} without it") for name in ("error", "unlearned", "signs")]
+    spent = []
+    for ablate in (True, False):
+        result = QUICK(victim.model, make_images(100, 9), ablate=ablate, games=0, generator=generator(0))
+        assert bool(torch.cat(boards[-1].nodes)[:, columns].any()) == ablate
+        spent.append(result.log["evaluations"])
+    assert spent[0] > boards[0].neurons
+
+
+def test_without_signs_as_much_goes_as_accuracy_allows(victim):
+    board = Board(victim.model, lambda gone: 0.0, rise=lambda gone: 0.0 if gone < 6 else 0.2)
+    stand = board.stand
+    board.stand = lambda keeps: replace(stand(keeps), signs={})
+    path, _, keeps = chosen(victim.model, board)
+    amounts = [each.amount for each in path]
+    assert amounts == sorted(amounts, reverse=True)
+    assert amounts[0] == 5 / board.neurons
+    assert len(cut_of(keeps)) == amounts[-1] * board.neurons
 
 
 def test_what_is_wrong_is_said_before_the_long_search(victim, monkeypatch, tmp_path):
@@ -204,9 +245,11 @@ def test_what_costs_too_much_on_images_of_the_game_or_on_others_is_not_taken(vic
 
 def test_beyond_the_ruin_of_accuracy_nothing_is_tried(victim):
     asked: list[int] = []
-    board = Board(victim.model, lambda gone: -gone / 1000, rise=lambda gone: asked.append(gone) or float(gone > 5))
+    board = Board(
+        victim.model, lambda gone: -gone / 1000, rise=lambda gone: asked.append(gone) or 0.29 * (gone > 2) + (gone > 5)
+    )
     chosen(victim.model, board)
-    assert asked == [0, 1, 2, 3, 4, 5, 6]
+    assert asked == [0, 1, 2, 3, 4, 5, 6]  # 0.29 lies between what is allowed, 0.1, and ruin
 
 
 def test_what_is_cut_has_its_price(victim):

@@ -29,7 +29,7 @@ def board(victim, **kind):
     images = make_images(60, 9)
     found = layers(victim.model, images.shape)
     error, sign = signs.clean_errors(victim.model, images), signs.triggered(victim.model, images, [victim.trigger])
-    return Pruning(victim.model, found, features(victim.model, images, found, [error, sign]), error, [sign], **kind)
+    return Pruning(victim.model, found, features(victim.model, images, found, [error, sign], {}), error, [sign], **kind)
 
 
 @pytest.fixture
@@ -197,6 +197,25 @@ def test_lost_accuracy_becomes_dearer_while_it_is_lost(victim):
     env.drop, env.multiplier = 1.0, 1.1
     train(Learner(policy, lr=1e-9), [env], games=2, at_once=1, generator=generator(0))
     assert env.multiplier == 1  # no lower
+
+
+def test_each_board_has_its_own_multiplier_moved_by_the_mean_of_its_games(victim):
+    dear, cheap = board(victim, drop=0.0), board(victim, drop=1.0)
+    policy = Policy()
+    with torch.no_grad():
+        policy.act.bias.fill_(8.0)  # cuts all
+    start = dear.multiplier
+    train(Learner(policy, lr=1e-9), [dear, cheap], games=4, at_once=4, generator=generator(0))
+    assert dear.multiplier == pytest.approx(start * math.exp(ASCENT))
+    broken = (cheap.standing.rise - 1.0) / 1.0
+    assert cheap.multiplier == pytest.approx(start * math.exp(ASCENT * broken))
+
+
+def test_without_signs_cuts_are_worth_their_price(victim):
+    env = board(victim, drop=1.0)
+    env.signs = []
+    env.reset()
+    assert env.step(first_of(env))[1] == pytest.approx(env.price / env.neurons)
 
 
 def test_a_goal_is_played_for_in_place_of_the_signs_and_not_shown(victim):

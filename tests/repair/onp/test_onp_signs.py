@@ -14,7 +14,7 @@ from secateur.measure import evaluate, predict
 from secateur.models import core
 from secateur.prune.mask import apply_mask
 from secateur.repair.onp import signs
-from secateur.repair.onp.features import NAMES, OWN, SLOPES, features, without
+from secateur.repair.onp.features import NAMES, OWN, SLOPES, ablations, features
 from secateur.repair.onp.layers import layers
 from secateur.state import generator
 from secateur.types import ChannelMask, to_float
@@ -107,7 +107,7 @@ def test_features_have_a_column_per_name_in_standard_deviations(victim):
     images = make_images(60, 9)
     found = layers(victim.model, images.shape)
     given = [signs.clean_errors(victim.model, images), signs.triggered(victim.model, images, [victim.trigger])]
-    nodes = features(victim.model, images, found, given)
+    nodes = features(victim.model, images, found, given, {})
     assert [each.shape for each in nodes] == [(layer.size, len(NAMES)) for layer in found]
     for each in nodes:
         assert bool(each.isfinite().all())
@@ -124,19 +124,19 @@ def test_what_happens_without_each_neuron_is_told(victim):
     images = make_images(60, 9)
     found = layers(victim.model, images.shape)
     error, sign = signs.clean_errors(victim.model, images), signs.triggered(victim.model, images, [victim.trigger])
-    alone = {each.name: without(each, found, "weight+bias") for each in (error, sign)}
-    assert [len(rises) for rises in alone["error"]] == [layer.size for layer in found]
+    ablated = {each.name: ablations(each, found, "weight+bias") for each in (error, sign)}
+    assert [len(rises) for rises in ablated["error"]] == [layer.size for layer in found]
     number, channel = len(found) - 1, 1
     mask = cut(victim.model, found[number].sites[0], channel)
-    assert float(alone["trigger"][number][channel]) == pytest.approx(sign(mask) - sign(NOTHING))
-    columns = torch.cat(features(victim.model, images, found, [error, sign], alone))
+    assert float(ablated["trigger"][number][channel]) == pytest.approx(sign(mask) - sign(NOTHING))
+    columns = torch.cat(features(victim.model, images, found, [error, sign], ablated))
     trigger, both = (columns[:, NAMES.index(f"{name} without it")] for name in ("trigger", "signs"))
-    expected = (torch.cat(alone["trigger"]) / 0.1).clamp(-5, 5).float()
+    expected = (torch.cat(ablated["trigger"]) / 0.1).clamp(-5, 5).float()
     torch.testing.assert_close(trigger, expected)
     torch.testing.assert_close(both, expected)  # the mean of one; the error is no sign
     assert float(columns[:, NAMES.index("noise without it")].abs().max()) == 0
     torch.testing.assert_close(
-        columns[:, NAMES.index("error without it")], (torch.cat(alone["error"]) * 100).clamp(-5, 5).float()
+        columns[:, NAMES.index("error without it")], (torch.cat(ablated["error"]) * 100).clamp(-5, 5).float()
     )
 
 

@@ -52,6 +52,11 @@ class Standing:
         """What is to become small: the goal where it is known, else the mean of the signs."""
         return self.sign if self.goal is None else self.goal
 
+    @property
+    def known(self) -> bool:
+        """Whether anything but accuracy is looked at."""
+        return self.goal is not None or len(self.signs) > 0
+
 
 class Pruning(gymnasium.Env):
     """One network's game.
@@ -60,7 +65,7 @@ class Pruning(gymnasium.Env):
     stands (`CONTEXT`: share of layers left, rise of the clean error over ``drop``, mean of the signs, share cut), and the edges
     of the layer. An action has an entry per neuron, 1 = cut; the layer reads as many as it has neurons. The reward of a move is
     by how much it raises ``-signs - multiplier * max(0, rise - drop) - price * cut``, where ``signs`` is the mean of the signs,
-    or the goal where that is known.
+    or the goal where that is known. Without any it is ``price * cut``: as much as accuracy allows.
     """
 
     def __init__(
@@ -71,7 +76,7 @@ class Pruning(gymnasium.Env):
         error: Sign,
         signs: Sequence[Sign],
         *,
-        drop: float = 0.02,
+        drop: float = 0.1,
         price: float = 0.05,
         edit: Edit = "weight",
         goal: Callable[[HardMask], float] | None = None,
@@ -83,7 +88,7 @@ class Pruning(gymnasium.Env):
             layers: Its layers.
             nodes: Features of each layer's neurons.
             error: Of clean images.
-            signs: What is to become small; without any, only accuracy and the price are played for.
+            signs: What is to become small.
             drop: Accuracy that may be lost, in [0, 1].
             price: What it costs to cut all neurons, >= 0.
             edit: What of a cut neuron goes to 0.
@@ -151,7 +156,9 @@ class Pruning(gymnasium.Env):
 
     def value(self, standing: Standing) -> float:
         """Return what a standing is worth."""
-        return -standing.backdoor - self.multiplier * max(0.0, standing.rise - self.drop) - self.price * standing.cut
+        lost = self.multiplier * max(0.0, standing.rise - self.drop)
+        cut = self.price * standing.cut
+        return -standing.backdoor - lost - cut if standing.known else cut - lost
 
     @property
     def mask(self) -> HardMask:

@@ -37,14 +37,14 @@ def features(
     clean: ImageSet,
     layers: Sequence[Layer],
     signs: Sequence[Sign],
-    alone: Mapping[str, Sequence[Tensor]] | None = None,
+    ablated: Mapping[str, Sequence[Tensor]],
 ) -> list[Tensor]:
     """Return the features of each layer's neurons, float32 ``(size, len(NAMES))``; one column per name of `NAMES`.
 
     * Its own: l1 norms of what feeds it and of what it feeds; scale, shift and running statistics of its batch-norm; mean and
       standard deviation of what leaves it on clean images; CLP's Lipschitz bound; BNP's divergence.
     * Slopes: how each sign's loss rises with a factor on the neuron (`Sign.slopes`); 0 for a sign that is not there.
-    * Without it: by how much each sign, and their mean, rises when this neuron alone is cut, as `without` tells; 0 where that
+    * Without it: by how much each sign, and their mean, rises when this neuron alone is cut, as `ablations` tells; 0 where that
       is not given.
     * Where it is: depth, the logarithm of the layer's size, whether it is one of a residual stream.
 
@@ -56,9 +56,9 @@ def features(
         clean: Images for its own numbers.
         layers: Of the network.
         signs: Whose slopes are told.
-        alone: Sign -> for each layer ``(size,)``: how its share rises without each neuron.
+        ablated: Sign -> for each layer ``(size,)``: how its share rises without each neuron; may be empty.
     """
-    own, told = _own(model, clean), dict(alone or {})
+    own, told = _own(model, clean), dict(ablated)
     if seen := [rises for name, rises in told.items() if name in SIGNS]:
         told["signs"] = [torch.stack(rises).mean(0) for rises in zip(*seen, strict=True)]
     slopes = {sign.name: sign.slopes for sign in signs}
@@ -71,13 +71,13 @@ def features(
     for number, layer in enumerate(layers):
         parts = [_standard(columns[name][number]) for name in (*OWN, *SLOPES)]
         parts += [everywhere[name][number] for name in SLOPES]
-        parts += [_without(told, name, number, layer.size) for name in (*SLOPES, "signs")]
+        parts += [_ablated(told, name, number, layer.size) for name in (*SLOPES, "signs")]
         place = torch.tensor([layer.depth, torch.tensor(layer.size).log10(), float(len(layer.sites) > 1)])
         found.append(torch.cat([torch.stack(parts, 1), place.expand(layer.size, -1)], dim=1).float())
     return found
 
 
-def without(sign: Sign, layers: Sequence[Layer], edit: Edit) -> list[Tensor]:
+def ablations(sign: Sign, layers: Sequence[Layer], edit: Edit) -> list[Tensor]:
     """Return for each layer ``(size,)``: by how much a sign's share rises when a neuron alone is cut; an evaluation each."""
     before, found = sign(ChannelMask({})), []
     for layer in reversed(layers):  # what lies before the layer stays computed
@@ -86,8 +86,8 @@ def without(sign: Sign, layers: Sequence[Layer], edit: Edit) -> list[Tensor]:
     return found[::-1]
 
 
-def _without(alone: Mapping[str, Sequence[Tensor]], name: str, number: int, size: int) -> Tensor:
-    return (alone[name][number].double() / UNIT[name]).clamp(-FAR, FAR) if name in alone else torch.zeros(size).double()
+def _ablated(told: Mapping[str, Sequence[Tensor]], name: str, number: int, size: int) -> Tensor:
+    return (told[name][number].double() / UNIT[name]).clamp(-FAR, FAR) if name in told else torch.zeros(size).double()
 
 
 def _of(layer: Layer, by_site: Mapping[str, Tensor], summed: bool) -> Tensor:

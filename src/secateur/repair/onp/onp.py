@@ -25,7 +25,7 @@ from ...train import OnNote, OnStep
 from ...types import Candidate, HardMask, ImageSet, NeuronGraph, Repaired
 from ..evidence import examine, grown
 from ..fine_tuning import healing
-from .features import features, without
+from .features import ablations, features
 from .layers import Layer, Residual, layers, mask_of
 from .signs import Sign, clean_errors, noisy, triggered, unlearned
 
@@ -54,7 +54,7 @@ def onp(
     lr: float = 3e-3,
     width: int = 32,
     degree: int = 8,
-    alone: bool = True,
+    ablate: bool = True,
     residual: Residual = "tied",
     edit: Edit = "weight",
     precision: Precision = "float32",
@@ -69,17 +69,19 @@ def onp(
     backdoor, less what it costs in accuracy beyond ``drop``, at a price that follows from what earlier games lost (a Lagrange
     multiplier). The policy learns by PPO. In the end the neurons are ranked by how likely it cuts them; of the cuts along this
     ranking and the ends of all games, the one is taken that is worth most of those that cost at most ``drop``, on images of the
-    game and on images kept for this. Up to 32 are looked at there, the best first: a cut that costs somewhat more may pass by
-    chance, the likelier the fewer images there are.
+    game and on images kept for this. The ranking is followed until a cut costs 20 points more than ``drop``. Up to 32 cuts are
+    looked at on the images kept, the best first: one that costs somewhat more may pass by chance, the likelier the fewer images
+    there are.
 
     Args:
         model: Takes images in [0, 1]; not changed.
         clean: Labelled clean images: three quarters are learned from, a quarter chooses how much to cut.
         proxies: What shows a backdoor, joined by ``+``: inverted ``trigger``s, an ``unlearned`` copy, neuron ``noise``; or
-            ``none``.
-        policy: What to start from. Without one a rule: the further the slope of a sign stands out, the likelier the neuron is
-            cut; ``random`` starts without that; ``pretrained`` is the policy that comes with the package; otherwise the folder
-            of a policy (see `secateur.repair.onp.saved`).
+            ``none``: then as much goes as ``drop`` allows.
+        policy: What to start from. Without one two rules: a neuron is the likelier cut the further the slope of a sign stands
+            out, and the more the signs fall and the less accuracy does in its ablation; ``random`` starts without them;
+            ``pretrained`` is the policy that comes with the package; otherwise the folder of a policy (see
+            `secateur.repair.onp.saved`).
         games: To learn from, >= 0. With 0 the policy is used as it is.
         images: Clean images that tell a sign, >= 1; accuracy is told by up to four times as many.
         drop: Clean accuracy that the cut may cost before the fine-tuning, in [0, 1].
@@ -89,7 +91,8 @@ def onp(
         lr: Learning rate of the policy, > 0.
         width: Of a new policy, >= 1.
         degree: Neighbours that each neuron chooses, >= 0; 0 looks at each neuron alone.
-        alone: Look what happens without each neuron before the first game: as many evaluations as there are neurons.
+        ablate: Tell the policy what the ablation of each neuron alone does to accuracy and signs: for each neuron an evaluation
+            of the network and of each sign before the first game.
         residual: Whether the channels of a residual stream go ``tied`` or ``apart``.
         edit: Set the ``weight`` of a cut neuron to 0, or ``weight+bias``.
         precision: Of the inversion and the fine-tuning.
@@ -130,10 +133,8 @@ def onp(
     drawn = torch.randperm(len(fitted), generator=generator)
     few, more = fitted.subset(drawn[:images]), fitted.subset(drawn[: ACCURATE * images])
     signs, notes = seek(model, fitted, few, wanted, precision=precision, generator=generator)
-    single = [clean_errors(model, few), *signs] if alone else []
-    each = {sign.name: without(sign, found, edit) for sign in single}
-    env = board(clean_errors(model, more), found, signs, alone=each, drop=drop, price=price, edit=edit)
-    env.evaluations += sum(layer.size for layer in found) if alone else 0
+    ablated = {sign.name: ablations(sign, found, edit) for sign in (clean_errors(model, few), *signs)} if ablate else None
+    env = board(clean_errors(model, more), found, signs, ablated=ablated, drop=drop, price=price, edit=edit)
     with seeded(generator):
         learner = Learner(start or Policy(width=width, rule=policy != "random"), lr=lr)
 
@@ -150,7 +151,7 @@ def onp(
         why = "no cut that is affordable lowers the signs by more than its price"
         if len(path) > 1:
             why = f"the {len(path) - 1} best cuts cost too much on images kept for this; allow more (drop)"
-        notes = (*notes, f"nothing was cut: {why}")
+        notes = (*notes, f"nothing was cut{', and the network only fine-tuned' if epochs else ''}: {why}")
     healed = apply_and_heal(
         model, clean, mask, heal=recipe,
         on_step=None if on_step is None else lambda step, _: on_step(games + step, whole), generator=generator,
@@ -159,11 +160,17 @@ def onp(
         healed.model,
         mask,
         path,
-        log={**healed.log, "evaluations": float(env.evaluations)},
+        log={**healed.log, **_shares(graphs), "evaluations": float(env.evaluations)},
         notes=(*notes, *healed.notes),
         history=tuple(history),
         graphs=graphs,
     )
+
+
+def _shares(graphs: Sequence[NeuronGraph]) -> dict[str, float]:
+    """Return how many neurons were cut; one of a residual stream counts once."""
+    gone, all_of_them = sum(len(graph.cut) for graph in graphs), sum(graph.size for graph in graphs)
+    return {"removed": float(gone), "removed_share": gone / all_of_them}
 
 
 def said(means: Mapping[str, float]) -> str:
@@ -213,7 +220,7 @@ def board(
     found: Sequence[Layer],
     signs: Sequence[Sign],
     *,
-    alone: Mapping[str, Sequence[Tensor]] | None = None,
+    ablated: Mapping[str, Sequence[Tensor]] | None = None,
     drop: float,
     price: float,
     edit: Edit = "weight",
@@ -222,9 +229,11 @@ def board(
     """Return the game of a network: its layers, its error on clean images, and what is to become small (see `Pruning`)."""
     from .env import Pruning
 
-    told = {name: alone[name] for name in ("error", *(sign.name for sign in signs))} if alone else None
+    told = {sign.name: ablated[sign.name] for sign in (error, *signs)} if ablated else {}
     nodes = features(error.base, error.images, found, [error, *signs], told)
-    return Pruning(error.base, found, nodes, error, signs, drop=drop, price=price, edit=edit, goal=goal)
+    env = Pruning(error.base, found, nodes, error, signs, drop=drop, price=price, edit=edit, goal=goal)
+    env.evaluations += env.neurons if told else 0
+    return env
 
 
 def choose(
@@ -233,8 +242,9 @@ def choose(
     """Return the affordable cut that is worth most: the one with the lowest signs, and the price of what is cut.
 
     Candidates are the ends of all games, and cuts along the ranking of the neurons by how likely each is cut (those that are as
-    likely as each other in random order). Of those that are affordable on the images of the game, `LISTED` are judged on
-    images that nothing was learned from, the best first, until one is affordable there too; otherwise nothing is cut.
+    likely as each other in random order), until one costs `RUIN` more than is allowed. Of those that are affordable on the
+    images of the game, `LISTED` are judged on images that nothing was learned from, the best first, until one is affordable
+    there too; otherwise nothing is cut. Without signs the largest is the best.
 
     Returns:
         The cuts that were judged; the one that is taken, and what of each layer it keeps, bool ``(size,)``.
@@ -252,7 +262,7 @@ def choose(
             break
     distinct = {torch.cat(keeps).numpy().tobytes(): (standing, keeps) for standing, keeps in ends}
     able = [(standing, keeps) for standing, keeps in distinct.values() if standing.rise <= env.drop]
-    able.sort(key=lambda end: end[0].sign + env.price * end[0].cut)
+    able.sort(key=lambda end: end[0].backdoor + env.price * end[0].cut if end[0].known else -end[0].cut)
     nothing = next(end for end in able if end[0].cut == 0)
     evaluator, path = Incremental(model, judged), []
     before = evaluator.correct({})

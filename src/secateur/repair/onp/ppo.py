@@ -118,12 +118,13 @@ def train(
     at_once: int = 8,
     on_update: Callable[[int, dict[str, float]], None] | None = None,
     progress: Path | None = None,
+    run: str = "",
     generator: torch.Generator,
 ) -> list[dict[str, float]]:
     """Play so many games, on the boards in turn, and learn after every ``at_once``.
 
-    After each update the price of lost accuracy on each board rises with what its games lost beyond the tolerance, and falls
-    with what they left of it.
+    After each update the price of lost accuracy on each board that was played on rises with what its games lost beyond the
+    tolerance on average, and falls with what they left of it.
 
     Args:
         learner: Learns, in place.
@@ -132,17 +133,18 @@ def train(
         at_once: Games to an update.
         on_update: Called after each with the games so far, and its entry of what is returned.
         progress: Where to write how far this is after each update; an existing file of the same run is resumed.
+        run: What else tells this run from others.
         generator: Source of all randomness.
 
     Returns:
-        For each update the games so far, the evaluations, and the means of reward, rise, signs (or goal) and share cut
-        at the end.
+        For each update the games so far, the evaluations, and the means of reward, rise, sign and share cut at the end; where
+        all boards have a goal, its mean too.
 
     Raises:
         ModelError: ``progress`` is of another run.
     """
     history: list[dict[str, float]] = []
-    run = _fingerprint(learner, envs, at_once, generator) if progress is not None else ""
+    run = _fingerprint(learner, envs, at_once, generator, run) if progress is not None else ""
     if progress is not None and progress.exists():
         history = _resume(load_progress(progress, run), learner, envs, generator)
     for first in range(int(history[-1]["games"]) if history else 0, games, at_once):
@@ -152,9 +154,11 @@ def train(
             played.append(play(env, learner.policy, generator=generator))
             ends.append((env, env.standing))
         learner.update(played)
-        for env, standing in ends:
-            broken = min(1.0, max(-1.0, (standing.rise - env.drop) / max(env.drop, 0.005)))
-            env.multiplier = min(LARGEST, max(SMALLEST, env.multiplier * math.exp(ASCENT * broken / at_once)))
+        for env in dict.fromkeys(env for env, _ in ends):
+            rises = [standing.rise for board, standing in ends if board is env]
+            broken = sum((rise - env.drop) / max(env.drop, 0.005) for rise in rises) / len(rises)
+            step = ASCENT * min(1.0, max(-1.0, broken))
+            env.multiplier = min(LARGEST, max(SMALLEST, env.multiplier * math.exp(step)))
         count = len(ends)
         history.append(
             {
@@ -162,10 +166,13 @@ def train(
                 "evaluations": float(sum(env.evaluations for env in envs)),
                 "reward": sum(sum(game.rewards) for game in played) / count,
                 "rise": sum(standing.rise for _, standing in ends) / count,
-                "sign": sum(standing.backdoor for _, standing in ends) / count,
+                "sign": sum(standing.sign for _, standing in ends) / count,
                 "cut": sum(standing.cut for _, standing in ends) / count,
             }
         )
+        goals = [standing.goal for _, standing in ends if standing.goal is not None]
+        if len(goals) == count:
+            history[-1]["goal"] = sum(goals) / count
         if progress is not None:
             state = {
                 "policy": learner.policy.state_dict(),
@@ -191,12 +198,12 @@ def _resume(
     return state["history"]
 
 
-def _fingerprint(learner: Learner, envs: Sequence[Pruning], at_once: int, generator: torch.Generator) -> str:
+def _fingerprint(learner: Learner, envs: Sequence[Pruning], at_once: int, generator: torch.Generator, run: str) -> str:
     """Return a text that another start, another board or another seed would change.
 
     It is of what a board is made from, not of what was computed on it: that may differ in its last digits on another day.
     """
-    digest = hashlib.sha256(repr((learner.lr, at_once)).encode())
+    digest = hashlib.sha256(repr((learner.lr, at_once, run)).encode())
     for env in envs:
         seen = env.error.images.sha256, [sign.name for sign in env.signs], env.goal is not None
         rules = env.drop, env.price, env.edit, [layer.sites for layer in env.layers]
