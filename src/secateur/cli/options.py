@@ -177,9 +177,9 @@ def assignments(texts: Sequence[str] | None, flag: str = "--set") -> dict[str, A
 
 
 def literal(text: str) -> Any:
-    """Return the Python literal that ``text`` spells, or the text itself."""
+    """Return the Python literal that ``text`` spells (``true`` and ``false`` as in a plan, too), or the text itself."""
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError):
         return text
 
