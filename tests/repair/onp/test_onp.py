@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from secateur.errors import DataError, MethodError, ModelError
 from secateur.measure import evaluate
 from secateur.prune.mask import removed
 from secateur.repair.onp import onp
+from secateur.repair.onp.choice import PATIENCE, choose, walk
 from secateur.repair.onp.env import Standing
 from secateur.repair.onp.features import NAMES
 from secateur.repair.onp.layers import layers, mask_of
-from secateur.repair.onp.onp import choose, read_proxies
+from secateur.repair.onp.onp import read_proxies
 from secateur.state import generator
 from secateur.types import ChannelMask
 
@@ -193,11 +195,14 @@ class Board:
     def __init__(self, model, sign, rise=lambda gone: 0.0):
         self.layers = layers(model, (1, 12, 12))
         self.neurons = sum(layer.size for layer in self.layers)
-        self.sign, self.rise, self.ends = sign, rise, []
+        self.sign, self.rises, self.ends = sign, rise, []
 
     def stand(self, keeps):
-        gone = sum(int((~keep).sum()) for keep in keeps)
-        return Standing(self.rise(gone), {"a": self.sign(gone)}, gone / self.neurons)
+        gone = len(cut_of(keeps))
+        return Standing(self.rises(gone), {"a": self.sign(gone)}, gone / self.neurons)
+
+    def rise(self, keeps):
+        return self.rises(len(cut_of(keeps)))
 
     def chances(self, seed=1):
         drawn = torch.rand(self.neurons, generator=generator(seed))
@@ -239,23 +244,56 @@ def test_what_costs_too_much_on_images_of_the_game_or_on_others_is_not_taken(vic
     assert all(rate < whole - 0.1 for rate in rates[:-1])
     assert rates[-1] >= whole - 0.1
     assert len(path) > 1
-    board.rise = lambda gone: float(gone > 0)
+    board.rises = lambda gone: float(gone > 0)
     assert cut_of(chosen(victim.model, board)[2]) == []
 
 
-def test_beyond_the_ruin_of_accuracy_nothing_is_tried(victim):
-    asked: list[int] = []
-    board = Board(
-        victim.model, lambda gone: -gone / 1000, rise=lambda gone: asked.append(gone) or 0.29 * (gone > 2) + (gone > 5)
-    )
-    chosen(victim.model, board)
-    assert asked == [0, 1, 2, 3, 4, 5, 6]  # 0.29 lies between what is allowed, 0.1, and ruin
+class Costs(Board):
+    """A board on which each neuron has its own cost; what was asked is kept."""
+
+    def __init__(self, model, costs, free=0.0):
+        super().__init__(model, lambda gone: 0.0)
+        self.costs = {neuron: costs.get(neuron, free) for neuron in range(self.neurons)}
+        self.asked = []
+
+    def rise(self, keeps):
+        cut = cut_of(keeps)
+        self.asked.append(cut)
+        return sum(self.costs[neuron] for neuron in cut)
+
+
+def walked(board):
+    return [cut_of(keeps) for keeps in walk(board, torch.arange(board.neurons))]
+
+
+def test_each_neuron_of_the_ranking_goes_unless_it_costs_too_much(victim):
+    board = Costs(victim.model, {0: 0.05, 3: 1.0, 7: 0.04, 8: 0.02})
+    half = board.neurons // 2
+    assert half > 12
+    path = walked(board)
+    assert path[0] == []
+    assert path[-1] == [neuron for neuron in range(half) if neuron not in (3, 8)]  # 8 alone would be one point too much
+    assert all(set(one) < set(other) for one, other in pairwise(path))
+    assert all(sum(board.costs[neuron] for neuron in cut) <= board.drop for cut in path)
+
+
+def test_neurons_that_cost_nothing_are_tried_together(victim):
+    board = Costs(victim.model, {})
+    assert walked(board)[-1] == list(range(board.neurons // 2))
+    assert [len(cut) for cut in board.asked[:4]] == [1, 3, 7, 15]
+
+
+def test_after_so_many_that_cost_too_much_the_rest_is_left(victim):
+    board = Costs(victim.model, dict.fromkeys(range(3), 0.0), free=1.0)
+    assert walked(board) == [[], [0], [0, 1, 2]]
+    assert sum(len(cut) == 4 for cut in board.asked) == PATIENCE
+    assert max(max(cut) for cut in board.asked if len(cut) == 4) == 2 + PATIENCE
 
 
 def test_what_is_cut_has_its_price(victim):
     board = Board(victim.model, lambda gone: 0.3 if gone > 3 else 0.5)
     board.drop, board.price = 1.0, 0.1
-    assert len(cut_of(chosen(victim.model, board)[2])) == 4
+    assert len(cut_of(chosen(victim.model, board)[2])) == 7  # on the way lie 1, 3, 7
     board.price = 100.0
     assert cut_of(chosen(victim.model, board)[2]) == []
 
@@ -264,10 +302,10 @@ def test_so_many_cuts_are_judged_and_no_more(victim, monkeypatch):
     board = Board(victim.model, lambda gone: -gone / 1000)
     images = make_images(200, 9)
     whole = len(chosen(victim.model, board, images=images)[0])
-    assert whole > 3
-    monkeypatch.setattr(sys.modules["secateur.repair.onp.onp"], "LISTED", 2)
+    assert whole > 2
+    monkeypatch.setattr(sys.modules["secateur.repair.onp.choice"], "LISTED", 1)
     path, _, keeps = chosen(victim.model, board, images=images)
-    assert len(path) == 3
+    assert len(path) == 2
     assert cut_of(keeps) == []
 
 

@@ -171,6 +171,11 @@ class Pruning(gymnasium.Env):
         gone = sum(int((~keep).sum()) for keep in keeps)
         return self._stand(mask_of(self.model, self.layers, keeps, self.edit), gone / self.neurons)
 
+    def rise(self, keeps: Sequence[Tensor]) -> float:
+        """Return how much the clean error rises in such an end, in [-1, 1]; no sign is asked."""
+        self.evaluations += 1
+        return self.error(mask_of(self.model, self.layers, keeps, self.edit)) - self._first
+
     def _stand(self, mask: HardMask, cut: float) -> Standing:
         self.evaluations += 1
         signs = {sign.name: sign(mask) for sign in self.signs}

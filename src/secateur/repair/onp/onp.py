@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from ...data import count_steps, holdout
 from ...detect import Precision
 from ...errors import MethodError, check_choice, check_range
-from ...forward import Incremental
-from ...measure import wilson
 from ...prune import apply_and_heal
-from ...prune.mask import Edit, masked_values, removed
-from ...prune.neurons import growing
+from ...prune.mask import Edit
 from ...state import seeded
 from ...train import OnNote, OnStep
-from ...types import Candidate, HardMask, ImageSet, NeuronGraph, Repaired
+from ...types import HardMask, ImageSet, NeuronGraph, Repaired
 from ..evidence import examine, grown
 from ..fine_tuning import healing
+from .choice import choose
 from .features import ablations, features
-from .layers import Layer, Residual, layers, mask_of
+from .layers import Layer, Residual, layers
 from .signs import Sign, clean_errors, noisy, triggered, unlearned
 
 if TYPE_CHECKING:
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
 PROXIES = "trigger", "unlearned", "noise"
 JUDGED = 0.25  # share of the clean images that are kept for the choice among cuts
 ACCURATE = 4  # times as many images tell accuracy as tell a sign: to lose ``drop`` is less to see
-RUIN = 0.2  # what a cut may cost beyond ``drop`` before larger ones are not tried
-LISTED = 32  # cuts that are judged in the end, at most
 
 
 def onp(
@@ -50,7 +46,7 @@ def onp(
     drop: float = 0.1,
     price: float = 0.05,
     epochs: int = 10,
-    tuning_lr: float = 0.02,
+    tuning_lr: float = 0.05,
     lr: float = 3e-3,
     width: int = 32,
     degree: int = 8,
@@ -67,9 +63,9 @@ def onp(
     A game goes from the last layer to the first. For each, the policy sees a graph of its neurons (see
     `secateur.repair.onp.layers` and `features`) and says which go; a move is rewarded by how much it lowers the signs of a
     backdoor, less what it costs in accuracy beyond ``drop``, at a price that follows from what earlier games lost (a Lagrange
-    multiplier). The policy learns by PPO. In the end the neurons are ranked by how likely it cuts them; of the cuts along this
-    ranking and the ends of all games, the one is taken that is worth most of those that cost at most ``drop``, on images of the
-    game and on images kept for this. The ranking is followed until a cut costs 20 points more than ``drop``. Up to 32 cuts are
+    multiplier). The policy learns by PPO. In the end the neurons are ranked by how likely it cuts them, and go in this order,
+    each unless accuracy then falls by more than ``drop``. Of the cuts on this way and the ends of all games, the one is taken
+    that is worth most of those that cost at most ``drop``, on images of the game and on images kept for this. Up to 32 cuts are
     looked at on the images kept, the best first: one that costs somewhat more may pass by chance, the likelier the fewer images
     there are.
 
@@ -234,45 +230,6 @@ def board(
     env = Pruning(error.base, found, nodes, error, signs, drop=drop, price=price, edit=edit, goal=goal)
     env.evaluations += env.neurons if told else 0
     return env
-
-
-def choose(
-    model: nn.Module, judged: ImageSet, env: Pruning, chances: Sequence[Tensor], *, generator: torch.Generator
-) -> tuple[tuple[Candidate, ...], HardMask, Sequence[Tensor]]:
-    """Return the affordable cut that is worth most: the one with the lowest signs, and the price of what is cut.
-
-    Candidates are the ends of all games, and cuts along the ranking of the neurons by how likely each is cut (those that are as
-    likely as each other in random order), until one costs `RUIN` more than is allowed. Of those that are affordable on the
-    images of the game, `LISTED` are judged on images that nothing was learned from, the best first, until one is affordable
-    there too; otherwise nothing is cut. Without signs the largest is the best.
-
-    Returns:
-        The cuts that were judged; the one that is taken, and what of each layer it keeps, bool ``(size,)``.
-    """
-    likely = torch.cat(list(chances))
-    drawn = torch.randperm(len(likely), generator=generator)
-    order = drawn[likely[drawn].argsort(descending=True, stable=True)]
-    sizes = [layer.size for layer in env.layers]
-    ends = list(env.ends)
-    for count in growing(len(order) // 2):
-        keep = torch.ones(len(order), dtype=torch.bool)
-        keep[order[:count]] = False
-        ends.append((env.stand(keep.split(sizes)), keep.split(sizes)))
-        if ends[-1][0].rise > env.drop + RUIN:
-            break
-    distinct = {torch.cat(keeps).numpy().tobytes(): (standing, keeps) for standing, keeps in ends}
-    able = [(standing, keeps) for standing, keeps in distinct.values() if standing.rise <= env.drop]
-    able.sort(key=lambda end: end[0].backdoor + env.price * end[0].cut if end[0].known else -end[0].cut)
-    nothing = next(end for end in able if end[0].cut == 0)
-    evaluator, path = Incremental(model, judged), []
-    before = evaluator.correct({})
-    for standing, keeps in [*able[:LISTED], nothing]:
-        mask = mask_of(model, env.layers, keeps, env.edit)
-        right = evaluator.correct(masked_values(model, mask))
-        path.append(Candidate(standing.cut, sum(removed(mask).values()), mask, wilson(int(right.sum()), len(right))))
-        if int(before.sum()) - int(right.sum()) <= env.drop * len(right) + 1e-9:
-            return tuple(path), mask, keeps
-    raise AssertionError("to cut nothing loses nothing")
 
 
 def picture(layer: Layer, keep: Tensor) -> NeuronGraph:
