@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PROXIES = "trigger", "unlearned", "noise"
 JUDGED = 0.25  # share of the clean images that are kept for the choice among cuts
-ACCURATE = 4  # times as many images tell accuracy as tell a sign: to lose ``drop`` is less to see
+ACCURATE = 2  # times as many images tell accuracy as tell a sign: to lose ``drop`` is less to see
 
 
 def onp(
@@ -79,7 +79,7 @@ def onp(
             ``pretrained`` is the policy that comes with the package; otherwise the folder of a policy (see
             `secateur.repair.onp.saved`).
         games: To learn from, >= 0. With 0 the policy is used as it is.
-        images: Clean images that tell a sign, >= 1; accuracy is told by up to four times as many.
+        images: Clean images that tell a sign, >= 1; accuracy is told by up to twice as many.
         drop: Clean accuracy that the cut may cost before the fine-tuning, in [0, 1].
         price: Of cutting all neurons, >= 0, where the signs are worth at most 1.
         epochs: Of fine-tuning after the cut, >= 0; 0 leaves it out (then ``drop`` is what is lost in the end).
