@@ -12,6 +12,7 @@ from secateur.errors import InconclusiveError, MethodError, ModelError
 from secateur.measure import evaluate
 from secateur.models import load_bundle, save
 from secateur.report import render, to_json
+from secateur.runs import repairing, training
 from secateur.train import Recipe
 from secateur.types import ImageSet, NeuronGraph, Repaired
 
@@ -97,18 +98,18 @@ def test_the_record_of_a_repair_that_does_not_learn_has_no_history(victim, monke
 
 
 def test_a_record_keeps_a_long_history_from_end_to_end_and_as_many_edges_as_it_has_room_for(monkeypatch):
-    kept = runs._history([{"games": float(i)} for i in range(1237)])
+    kept = repairing._history([{"games": float(i)} for i in range(1237)])
     numbers = [entry["games"] for entry in kept]
-    assert len(numbers) == len(set(numbers)) == runs.ENTRIES
+    assert len(numbers) == len(set(numbers)) == repairing.ENTRIES
     assert (numbers[0], numbers[-1]) == (0.0, 1236.0)
-    rewarded = runs._history([{"games": float(i), "reward": float(i == 1001)} for i in range(1237)])
+    rewarded = repairing._history([{"games": float(i), "reward": float(i == 1001)} for i in range(1237)])
     assert {"games": 1001.0, "reward": 1.0} in rewarded
-    monkeypatch.setattr(runs, "EDGES", 5)
+    monkeypatch.setattr(repairing, "EDGES", 5)
     ring = ((0, 1), (1, 2), (2, 3), (0, 3))
     small, large, none = (NeuronGraph(("a",), 4, ring, cut) for cut in ((0,), (0, 1, 2, 3), ()))
-    assert [graph["edges"] for graph in runs._graphs([small, large])] == [[], [list(edge) for edge in ring]]
-    monkeypatch.setattr(runs, "EDGES", 3)
-    assert [graph["edges"] for graph in runs._graphs([none, small])] == [[], [[0, 1], [0, 3]]]
+    assert [graph["edges"] for graph in repairing._graphs([small, large])] == [[], [list(edge) for edge in ring]]
+    monkeypatch.setattr(repairing, "EDGES", 3)
+    assert [graph["edges"] for graph in repairing._graphs([none, small])] == [[], [[0, 1], [0, 3]]]
 
 
 def test_a_network_at_chance_is_inconclusive(victim):
@@ -178,7 +179,7 @@ def test_training_a_victim_records_itself(images, bars, schema):
     ("backdoor", "chosen"), [("badnets", {"target": 1}), ("lira", {"target": 0, "sources": [1], "width": 2})]
 )
 def test_what_cannot_be_measured_is_told_before_the_training(backdoor, chosen, images, bars, monkeypatch):
-    monkeypatch.setattr(runs, "train_victim", lambda *given, **more: pytest.fail("it trained"))
+    monkeypatch.setattr(training, "train_victim", lambda *given, **more: pytest.fail("it trained"))
     test = bars(60, 9)
     settings = {"arch": "convnet", "kwargs": {"width": 4}, "recipe": Recipe(epochs=1), "backdoor": backdoor}
     middle = test.subset(test.y == (1 if backdoor == "badnets" else 2))

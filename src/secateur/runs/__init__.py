@@ -1,0 +1,22 @@
+"""Whole runs: measure before, do something, measure after, and write it all down.
+
+The command line is a thin face over these functions; each returns a typed record that ``report`` renders.
+"""
+
+from .records import check_fit, environment, how_visible, picture, software, tool
+from .repairing import RepairRun, repair
+from .training import TrainRun, new_network, train
+
+__all__ = [
+    "RepairRun",
+    "TrainRun",
+    "check_fit",
+    "environment",
+    "how_visible",
+    "new_network",
+    "picture",
+    "repair",
+    "software",
+    "tool",
+    "train",
+]
