@@ -1,0 +1,175 @@
+"""The network under attack: in eval mode, frozen, and, where its answers stay the same, as a faster copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..forward import check_logits
+from ..state import evaluating, frozen, seeded
+from .losses import Aim, together
+
+Forward = Callable[[nn.Module, Tensor], Tensor]
+PROBED = 8  # images on which a copy must answer as the network does
+SAME = 1e-5  # largest difference of two logits that count as the same, relative to the largest
+WORTH = 256  # images through the network from which on a copy pays
+
+
+class Network:
+    """Calls a network, or a user's `Forward` in its place.
+
+    A call returns logits ``(n, classes)``, or ``(draws, n, classes)`` from a `Forward` that draws.
+    """
+
+    def __init__(self, module: nn.Module, forward: Forward | None, layout: torch.memory_format) -> None:
+        self._module, self._forward, self._layout = module, forward, layout
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=self._layout)
+        try:
+            logits: Any = self._module(x) if self._forward is None else self._forward(self._module, x)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ModelError(f"the network cannot take images of shape {tuple(x.shape[1:])}: {reason}") from error
+        if isinstance(logits, Tensor) and logits.ndim == 3:
+            for draw in logits:
+                check_logits(draw, len(x), 2)
+            return logits
+        return check_logits(logits, len(x), 2)
+
+    def answers(self, x: Tensor) -> Tensor:
+        """Return logits ``(n, classes)`` without a gradient."""
+        with torch.no_grad():
+            return together(self(x))
+
+    def slope(self, x: Tensor, y: Tensor, aim: Aim, *, first: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return where the aim is reached, the loss, both ``(n,)``, and the loss's gradient in ``x``, from one forward.
+
+        Raises:
+            DataError: A label is not among the classes.
+            MethodError: The loss needs more classes.
+            ModelError: The answers are not finite, or no gradient comes back.
+        """
+        x = x.detach().requires_grad_()
+        logits = self(x)
+        if first:
+            aim.check(logits, y)
+            check_finite(logits)
+        value = aim.value(logits, y)
+        [slope] = torch.autograd.grad(value.sum(), [x], allow_unused=True) if value.requires_grad else [None]
+        if slope is None:
+            raise ModelError(
+                "the network passes no gradient back to the images; give a differentiable twin (forward=bpda(twin)), or "
+                "attack without gradients ('square')"
+            )
+        return aim.reached(logits.detach(), y), value.detach(), slope
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise `ModelError` unless all logits are finite."""
+    if not bool(logits.isfinite().all()):
+        raise ModelError("the network's answers must be finite, got NaN or infinity on the images as given; repair it first")
+
+
+@contextmanager
+def opened(
+    model: nn.Module, x: Tensor, *, forward: Forward | None, passes: int, generator: torch.Generator
+) -> Iterator[Network]:
+    """Make ``model`` ready for an attack on ``x`` that sends each image through it ``passes`` times; then put all back.
+
+    Meanwhile torch's own random draws come from ``generator``, for networks that draw.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        seeded(generator),
+        evaluating(model),
+        frozen(model),
+    ):
+        copy = quick_copy(model, x[:PROBED]) if forward is None and passes * len(x) >= WORTH else None
+        layout = torch.contiguous_format if copy is None else torch.channels_last
+        yield Network(copy or model, forward, layout)
+
+
+def quick_copy(model: nn.Module, x: Tensor) -> nn.Module | None:
+    """Return a copy of a network in eval mode with the same answers, faster where it convolves; None if there is none.
+
+    Each batch-norm that is all that reads a convolution is folded into it, and weights lie as convolutions want them. A
+    network that draws, that has hooks, that cannot be copied, or that answers differently on ``x`` once folded, has none.
+    """
+    modules = list(model.modules())
+    if not any(type(module) is nn.Conv2d for module in modules) or any(map(_hooked, modules)):
+        return None
+    x = x.clone(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad():
+            copy = deepcopy(model).requires_grad_(False)
+            _fold(copy, x)
+            copy = copy.to(memory_format=torch.channels_last)
+            answers = [network(x) for network in (model, copy, model)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever somebody's network raises when it is copied; then there is none
+        return None
+    if not all(isinstance(answer, Tensor) for answer in answers):
+        return None
+    off = max(float((answer - answers[0]).abs().max()) for answer in answers)
+    return copy if off <= SAME * max(1.0, float(answers[0].abs().max())) and torch.equal(answers[0], answers[2]) else None
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(map(len, hooks))
+
+
+def _fold(network: nn.Module, x: Tensor) -> None:
+    """Fold batch-norms into the convolutions before them, in place. Who reads what is seen in a forward of ``x``.
+
+    That a convolution has another reader is not seen; the answers tell.
+    """
+    outputs: list[tuple[Tensor, nn.Module]] = []
+    fed: dict[nn.Module, list[nn.Module | None]] = {}
+    runs: dict[nn.Module, int] = {}
+
+    def convolved(module: nn.Module, _: object, output: Tensor) -> None:
+        outputs.append((output, module))
+        runs[module] = runs.get(module, 0) + 1
+
+    def normed(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        fed.setdefault(module, []).append(next((conv for output, conv in outputs if output is given[0]), None))
+
+    handles = [m.register_forward_hook(convolved) for m in network.modules() if type(m) is nn.Conv2d]
+    handles += [m.register_forward_pre_hook(normed) for m in network.modules() if type(m) is nn.BatchNorm2d]
+    try:
+        network(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for norm, convs in fed.items():
+        conv = convs[0]
+        if len(convs) == 1 and isinstance(conv, nn.Conv2d) and runs[conv] == 1 and isinstance(norm, nn.BatchNorm2d):
+            _fold_one(network, conv, norm)
+
+
+def _fold_one(network: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.double()
+    shift = -norm.running_mean.double() if conv.bias is None else conv.bias.double() - norm.running_mean.double()
+    bias = shift * scale if norm.bias is None else shift * scale + norm.bias.double()
+    weight = conv.weight.double() * scale[:, None, None, None]
+    conv.weight = nn.Parameter(weight.to(conv.weight), requires_grad=False)
+    conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=False)
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if child is norm:
+                setattr(parent, name, nn.Identity())
