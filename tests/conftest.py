@@ -11,15 +11,18 @@ from importlib.resources import files
 
 import pytest
 import torch
+import torch.nn.functional as F
 from jsonschema import Draft202012Validator
-from torch import nn
+from torch import Tensor, nn
 
+from secateur.attack import pgd
+from secateur.data import load_data
 from secateur.measure import evaluate
 from secateur.models import Classifier, build
 from secateur.poison import badnets
 from secateur.state import generator, seeded
 from secateur.train import Recipe, train
-from secateur.types import ImageSet, Trigger
+from secateur.types import ImageSet, Trigger, to_float
 
 CLASSES = ("top", "middle", "bottom")
 SHAPE = (1, 12, 12)
@@ -34,6 +37,16 @@ class Victim:
     trigger: Trigger
     clean: ImageSet
     test: ImageSet
+
+
+@dataclass(frozen=True, eq=False)
+class Hardened:
+    """A network trained against PGD, test images in [0, 1] and the budget: an attack breaks some of them and not others."""
+
+    model: Classifier
+    x: Tensor
+    y: Tensor
+    eps: float
 
 
 def make_tiny(seed: int = 0, *, width: int = 4, randomise: bool = True) -> Classifier:
@@ -141,6 +154,30 @@ def victim(images: ImageSet) -> Iterator[Victim]:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     yield Victim(model, poisoning.trigger, make_images(60, seed=4), test)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "a test changed `victim`"
+
+
+@pytest.fixture(scope="session")
+def hardened() -> Iterator[Hardened]:
+    data, test, eps = load_data("fashion-mini:train"), load_data("fashion-mini:test"), 0.1
+    with seeded(generator(0)):
+        net = build("convnet", width=8, classes=10, in_channels=1)
+    model = Classifier(net, classes=data.classes, input_shape=(1, 28, 28)).train()
+    x, y, steps, draw = to_float(data.x), data.y, 90, generator(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (50,), generator=draw)
+        harder = pgd(model, x[rows], y[rows], eps=eps, steps=3, generator=draw)
+        optimizer.zero_grad()
+        F.cross_entropy(model(harder), y[rows]).backward()
+        optimizer.step()
+        schedule.step()
+    model.zero_grad()
+    model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    yield Hardened(model, to_float(test.x[:400]), test.y[:400], eps)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "a test changed `hardened`"
+    assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import state
-from ..errors import DataError, ModelError, check_range
+from ..errors import DataError, check_range
 from ..types import to_float
 from .ball import Ball, Norm, check_budget
 from .losses import Aim
@@ -69,8 +69,7 @@ def attack(
             part = slice(start, start + size)
             ball = Ball(x[part].to(device, copy=True), eps, norm)
             points = each(network, ball, y[part].to(device, copy=True))
-            if not bool(points.isfinite().all()):
-                raise ModelError("the network's gradient must be finite, got NaN; attack without gradients ('square')")
+            network.check_slopes()
             found[part] = ball.project(points.detach()).to(x.device)
     return found
 
@@ -117,7 +116,7 @@ def climb(
         steps: How many steps.
         aim: What to climb.
         move: One step.
-        keep: Return, of an image that any but the last points broke, those of them with the highest loss; else the last.
+        keep: Return, of an image that any but the last points broke, the last of those with the highest loss; else the last.
         drop: An image leaves with the first points that break it, and costs no more.
 
     Returns:
@@ -136,7 +135,7 @@ def climb(
             if not len(rows):
                 return found, broken, best
         elif keep and not drop:
-            better = reached & (value > best)
+            better = reached & (value >= best)
             found = torch.where(better[:, None, None, None], points, found)
             best = torch.where(better, value.to(best), best)
             broken |= better

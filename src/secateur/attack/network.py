@@ -29,6 +29,7 @@ class Network:
 
     def __init__(self, module: nn.Module, forward: Forward | None, layout: torch.memory_format) -> None:
         self._module, self._forward, self._layout = module, forward, layout
+        self._unusable: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=self._layout)
@@ -70,7 +71,14 @@ class Network:
                 "the network passes no gradient back to the images; give a differentiable twin (forward=bpda(twin)), or "
                 "attack without gradients ('square')"
             )
+        unusable = ~slope.isfinite().all()
+        self._unusable = unusable if self._unusable is None else self._unusable | unusable
         return aim.reached(logits.detach(), y), value.detach(), slope
+
+    def check_slopes(self) -> None:
+        """Raise `ModelError` unless all slopes so far were finite: asked once, because each answer waits for the device."""
+        if self._unusable is not None and bool(self._unusable):
+            raise ModelError("the network's gradient must be finite, got NaN or infinity; attack without gradients ('square')")
 
 
 def check_finite(logits: Tensor) -> None:
@@ -135,16 +143,17 @@ def _fold(network: nn.Module, x: Tensor) -> None:
 
     That a convolution has another reader is not seen; the answers tell.
     """
-    outputs: list[tuple[Tensor, nn.Module]] = []
+    outputs: list[tuple[Tensor, int, nn.Module]] = []  # with the version, which an addition in place raises
     fed: dict[nn.Module, list[nn.Module | None]] = {}
     runs: dict[nn.Module, int] = {}
 
     def convolved(module: nn.Module, _: object, output: Tensor) -> None:
-        outputs.append((output, module))
+        outputs.append((output, output._version, module))
         runs[module] = runs.get(module, 0) + 1
 
     def normed(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        fed.setdefault(module, []).append(next((conv for output, conv in outputs if output is given[0]), None))
+        conv = next((conv for out, version, conv in outputs if out is given[0] and out._version == version), None)
+        fed.setdefault(module, []).append(conv)
 
     handles = [m.register_forward_hook(convolved) for m in network.modules() if type(m) is nn.Conv2d]
     handles += [m.register_forward_pre_hook(normed) for m in network.modules() if type(m) is nn.BatchNorm2d]
