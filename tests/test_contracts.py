@@ -56,12 +56,15 @@ def same(a, b):
 def run(row, model, images):
     """Call a row as its kind is called, with its test settings."""
     first = (images,) if row.kind == "backdoor" else (model, images)
+    first = (model, images.x, images.y) if row.kind == "evasion" else first
     suspect = {"suspect": images} if "suspect" in row.needs else {}
     return row.load()(*first, **suspect, **row.quick, generator=generator(3))
 
 
 def tensors(value):
     """Every tensor in what a method returns, by name."""
+    if isinstance(value, torch.Tensor):
+        return {"x": value}
     if isinstance(value, Repaired):
         parts = dict(value.model.state_dict())
         return {**parts, **(tensors(value.mask) if value.mask is not None else {})}
@@ -133,6 +136,44 @@ def test_scores_have_the_shapes_of_what_they_score(row, granularity, trained, im
     for name, values in scores.values.items():
         wanted = parameters[name].shape if granularity == "weight" else parameters[f"{name}.weight"].shape[:1]
         assert values.shape == wanted
+
+
+EVASIONS = [row for row in ROWS if row.kind == "evasion"]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("row", EVASIONS, ids=lambda row: row.name)
+def test_an_evasion_attack_stays_within_its_budget_exactly(row, norm, trained, images):
+    """In float32 and float64, for images at rest and in [0, 1]; nothing that was given is written to."""
+    x, eps = to_float(images.x), {"linf": 8 / 255, "l2": 0.7}[norm]
+    given, kept = x.clone(), images.sha256
+    settings = {**row.quick, "eps": eps, "norm": norm}
+    found = row.load()(trained, given, images.y, **settings, generator=generator(3))
+    assert torch.equal(given, x)
+    assert torch.equal(found, row.load()(trained, images.x, images.y, **settings, generator=generator(3)))
+    assert images.sha256 == kept
+    assert found.shape == x.shape
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    assert 0 <= float(found.min()) <= float(found.max()) <= 1
+    for change in ((found - x).flatten(1), (found.double() - x.double()).flatten(1)):
+        assert float((change.abs().amax(dim=1) if norm == "linf" else change.norm(dim=1)).max()) <= eps
+
+
+@pytest.mark.parametrize("row", [r for r in EVASIONS if r.paper != "control"], ids=lambda row: row.name)
+def test_an_evasion_attack_beats_random_noise(row, trained, images):
+    """The control has the same budget and more tries than its default; gradients must do far better."""
+    control = methods.get("evasion", "random-noise")
+    noise = control.load()(trained, images.x, images.y, eps=row.quick["eps"], tries=20, generator=generator(0))
+    with torch.inference_mode():
+        robust, control_robust = ((trained(x).argmax(dim=1) == images.y).float().mean() for x in (run(row, trained, images), noise))
+    assert float(robust) < float(control_robust) - (0.01 if row.name == "square" else 0.3)
+
+
+@pytest.mark.parametrize("row", EVASIONS, ids=lambda row: row.name)
+def test_an_evasion_attack_without_a_budget_changes_nothing(row, trained, images):
+    found = row.load()(trained, images.x, images.y, **{**row.quick, "eps": 0.0}, generator=generator(0))
+    assert torch.equal(found, to_float(images.x))
 
 
 BACKDOORS = [row for row in ROWS if row.kind == "backdoor"]

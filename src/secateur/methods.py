@@ -143,7 +143,7 @@ TABLE: tuple[Method, ...] = (
     Method("evasion", "mi-fgsm", "secateur.attack.transfer:mi_fgsm", 1, "CVPR 2018, arXiv:1710.06081", {"eps": 0.2, "steps": 5}),
     Method("evasion", "pgd", "secateur.attack.pgd:pgd", 1, "ICLR 2018, arXiv:1706.06083", {"eps": 0.2, "steps": 5}),
     Method("evasion", "random-noise", "secateur.attack.noise:random_noise", 1, "control", {"eps": 0.2, "tries": 3}),
-    Method("evasion", "square", "secateur.attack.square:square", 1, "ECCV 2020, arXiv:1912.00049", {"eps": 0.2, "queries": 30}),
+    Method("evasion", "square", "secateur.attack.square:square", 1, "ECCV 2020, arXiv:1912.00049", {"eps": 0.2, "queries": 150}),
     Method(
         "evasion", "ti-fgsm", "secateur.attack.transfer:ti_fgsm", 1, "CVPR 2019, arXiv:1904.02884", {"eps": 0.2, "steps": 5, "kernel": 3},
     ),

@@ -1,6 +1,7 @@
 """The network under attack: left as it was, attacked in eval mode, and as a copy only where the copy answers the same."""
 
 import copy
+from collections import defaultdict
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from attacked_models import Noisy, accuracy, grey, linear
 from torch import nn
 
 from secateur.attack import fgsm, pgd, random_noise, square
-from secateur.attack.network import quick_copy
+from secateur.attack.network import _Reads, quick_copy
 from secateur.errors import DataError, MethodError, ModelError
 from secateur.models import build
 from secateur.state import generator, seeded
@@ -34,11 +35,11 @@ def randomised(name, **settings):
 
 @pytest.mark.parametrize(
     ("name", "settings", "norms_left"),
-    [("resnet20", {"width": 4}, 0), ("convnet", {"width": 4}, 0), ("preact_resnet18", {"width": 4}, 9)],
+    [("resnet20", {"width": 4}, 0), ("convnet", {"width": 4}, 0), ("preact_resnet18", {"width": 4}, 8), ("wrn", {"depth": 10, "width": 1}, 4)],
 )
 def test_a_copy_answers_and_differentiates_as_the_network(name, settings, norms_left):
     model = randomised(name, **settings)
-    x, y = batch(model)
+    x, y = batch(model, side=16)
     found = quick_copy(model, x)
     assert found is not None
     assert sum(isinstance(module, nn.BatchNorm2d) for module in found.modules()) == norms_left
@@ -104,17 +105,26 @@ class Viewing(nn.Module):
         return self.linear(x.view(len(x), -1)) + self.conv(x).mean()
 
 
+def test_a_copy_that_answers_differently_is_not_used(monkeypatch):
+    """Also if a batch-norm were folded that must not be."""
+    monkeypatch.setattr(_Reads, "__torch_function__", lambda self, func, types, args=(), kwargs=None: func(*args, **kwargs or {}))
+    monkeypatch.setattr(_Reads, "count", property(lambda self: defaultdict(lambda: 1), lambda self, value: None), raising=False)
+    with seeded(generator(0)):
+        assert quick_copy(TwoReaders().eval(), torch.rand(4, 3, 8, 8)) is None
+
+
 def test_no_copy_where_it_would_answer_differently_or_cannot_be_made():
     with seeded(generator(0)):
         x = torch.rand(4, 3, 8, 8)
         hooked = randomised("convnet", width=4)
         hooked.register_forward_hook(lambda *_: None)
-        for model in (TwoReaders(), Uncopyable(), Viewing(), hooked, Noisy(randomised("convnet", width=4), 0.1)):
+        for model in (Uncopyable(), Viewing(), hooked, Noisy(randomised("convnet", width=4), 0.1)):
             assert quick_copy(model.eval(), x) is None
-        twice = Twice().eval()
-        found = quick_copy(twice, x)
-        assert found is not None
-        assert torch.allclose(found(x), twice(x), atol=1e-5)
+        for model in (TwoReaders().eval(), Twice().eval()):
+            found = quick_copy(model, x)
+            assert found is not None
+            assert [type(module) for module in found.modules()] == [type(module) for module in model.modules()]
+            assert torch.allclose(found(x), model(x), atol=1e-5)
         assert quick_copy(linear(3, 192), x) is None  # nothing to gain
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError
 from ..forward import check_logits
@@ -138,34 +141,53 @@ def _hooked(module: nn.Module) -> bool:
     return any(map(len, hooks))
 
 
-def _fold(network: nn.Module, x: Tensor) -> None:
-    """Fold batch-norms into the convolutions before them, in place. Who reads what is seen in a forward of ``x``.
+class _Reads(TorchFunctionMode):
+    """Counts how many operations read each convolution's output."""
 
-    That a convolution has another reader is not seen; the answers tell.
-    """
-    outputs: list[tuple[Tensor, int, nn.Module]] = []  # with the version, which an addition in place raises
-    fed: dict[nn.Module, list[nn.Module | None]] = {}
-    runs: dict[nn.Module, int] = {}
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[tuple[Tensor, nn.Module]] = []
+        self.count: dict[int, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count the tensors among the arguments, unless only a shape or the like is asked for."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor | tuple | list):
+            for value in tree_leaves((args, kwargs)):
+                if id(value) in self.count:
+                    self.count[id(value)] += 1
+        return result
+
+
+def _fold(network: nn.Module, x: Tensor) -> None:
+    """Fold batch-norms into the convolutions that they alone read, in place, as a forward of ``x`` shows them."""
+    reads = _Reads()
+    fed: dict[nn.Module, list[tuple[nn.Module, Tensor] | None]] = {}
 
     def convolved(module: nn.Module, _: object, output: Tensor) -> None:
-        outputs.append((output, output._version, module))
-        runs[module] = runs.get(module, 0) + 1
+        reads.outputs.append((output, module))
+        reads.count[id(output)] = 0
 
     def normed(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        conv = next((conv for out, version, conv in outputs if out is given[0] and out._version == version), None)
-        fed.setdefault(module, []).append(conv)
+        source = next(((conv, output) for output, conv in reads.outputs if output is given[0]), None)
+        fed.setdefault(module, []).append(source)
 
     handles = [m.register_forward_hook(convolved) for m in network.modules() if type(m) is nn.Conv2d]
     handles += [m.register_forward_pre_hook(normed) for m in network.modules() if type(m) is nn.BatchNorm2d]
     try:
-        network(x)
+        with reads:
+            network(x)
     finally:
         for handle in handles:
             handle.remove()
-    for norm, convs in fed.items():
-        conv = convs[0]
-        if len(convs) == 1 and isinstance(conv, nn.Conv2d) and runs[conv] == 1 and isinstance(norm, nn.BatchNorm2d):
-            _fold_one(network, conv, norm)
+    runs = Counter(conv for _, conv in reads.outputs)
+    for norm, sources in fed.items():
+        if len(sources) == 1 and sources[0] is not None:
+            conv, output = sources[0]
+            if runs[conv] == 1 and reads.count[id(output)] == 1:
+                assert isinstance(conv, nn.Conv2d)
+                assert isinstance(norm, nn.BatchNorm2d)
+                _fold_one(network, conv, norm)
 
 
 def _fold_one(network: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
