@@ -166,7 +166,7 @@ def main() -> None:
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     best = min((medians[name] for name in medians if not name.startswith("ours")), default=float("nan"))
     print(f"PGD-{STEPS}, eps {EPS:g}, {given.images} images, batches of {given.batch}, {given.repeats} repeats; ", end="")
-    print(f"clean accuracy {100 * right(model, x, y):.1f} %\n\n| who | images/s | spread of seconds | still right | to the best peer |")
+    print(f"clean accuracy {100 * right(model, x, y):.1f} %\n\n| who | images/s | seconds | still right | to the best peer |")
     print("|---|---|---|---|---|")
     for name, median in medians.items():
         spread = f"{min(seconds[name]):.2f}-{max(seconds[name]):.2f}"

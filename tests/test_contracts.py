@@ -166,7 +166,9 @@ def test_an_evasion_attack_beats_random_noise(row, trained, images):
     control = methods.get("evasion", "random-noise")
     noise = control.load()(trained, images.x, images.y, eps=row.quick["eps"], tries=20, generator=generator(0))
     with torch.inference_mode():
-        robust, control_robust = ((trained(x).argmax(dim=1) == images.y).float().mean() for x in (run(row, trained, images), noise))
+        robust, control_robust = (
+            (trained(x).argmax(dim=1) == images.y).float().mean() for x in (run(row, trained, images), noise)
+        )
     assert float(robust) < float(control_robust) - (0.01 if row.name == "square" else 0.3)
 
 

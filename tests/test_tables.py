@@ -14,7 +14,12 @@ from secateur.errors import MethodError
 
 ROWS = methods.table()
 SNAPSHOT = Path(__file__).parent / "defaults.json"
-SECTIONS = {"repair": ("Args:", "Raises:"), "backdoor": ("Args:", "Raises:"), "evasion": ("Args:", "Returns:", "Raises:"), "score": ()}
+SECTIONS = {
+    "repair": ("Args:", "Raises:"),
+    "backdoor": ("Args:", "Raises:"),
+    "evasion": ("Args:", "Returns:", "Raises:"),
+    "score": (),
+}
 
 
 def defaults(row):

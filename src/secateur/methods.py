@@ -132,20 +132,31 @@ TABLE: tuple[Method, ...] = (
         {"rate": 0.2, "rounds": 1}, access="training", visibility="visible",
     ),
     Method(
-        "evasion", "apgd", "secateur.attack.ensemble:apgd", 1, "ICML 2020, arXiv:2003.01690, the authors' code", {"eps": 0.2, "steps": 5},
+        "evasion", "apgd", "secateur.attack.ensemble:apgd", 1, "ICML 2020, arXiv:2003.01690, the authors' code",
+        {"eps": 0.2, "steps": 5},
     ),
     Method(
         "evasion", "autoattack", "secateur.attack.ensemble:autoattack", 1, "ICML 2020, arXiv:2003.01690, the authors' code",
         {"eps": 0.2, "steps": 3, "queries": 10},
     ),
-    Method("evasion", "di-fgsm", "secateur.attack.transfer:di_fgsm", 1, "CVPR 2019, arXiv:1803.06978", {"eps": 0.2, "steps": 5}),
+    Method(
+        "evasion", "di-fgsm", "secateur.attack.transfer:di_fgsm", 1, "CVPR 2019, arXiv:1803.06978",
+        {"eps": 0.2, "steps": 5},
+    ),
     Method("evasion", "fgsm", "secateur.attack.fgsm:fgsm", 1, "ICLR 2015, arXiv:1412.6572", {"eps": 0.2}),
-    Method("evasion", "mi-fgsm", "secateur.attack.transfer:mi_fgsm", 1, "CVPR 2018, arXiv:1710.06081", {"eps": 0.2, "steps": 5}),
+    Method(
+        "evasion", "mi-fgsm", "secateur.attack.transfer:mi_fgsm", 1, "CVPR 2018, arXiv:1710.06081",
+        {"eps": 0.2, "steps": 5},
+    ),
     Method("evasion", "pgd", "secateur.attack.pgd:pgd", 1, "ICLR 2018, arXiv:1706.06083", {"eps": 0.2, "steps": 5}),
     Method("evasion", "random-noise", "secateur.attack.noise:random_noise", 1, "control", {"eps": 0.2, "tries": 3}),
-    Method("evasion", "square", "secateur.attack.square:square", 1, "ECCV 2020, arXiv:1912.00049", {"eps": 0.2, "queries": 150}),
     Method(
-        "evasion", "ti-fgsm", "secateur.attack.transfer:ti_fgsm", 1, "CVPR 2019, arXiv:1904.02884", {"eps": 0.2, "steps": 5, "kernel": 3},
+        "evasion", "square", "secateur.attack.square:square", 1, "ECCV 2020, arXiv:1912.00049",
+        {"eps": 0.2, "queries": 150},
+    ),
+    Method(
+        "evasion", "ti-fgsm", "secateur.attack.transfer:ti_fgsm", 1, "CVPR 2019, arXiv:1904.02884",
+        {"eps": 0.2, "steps": 5, "kernel": 3},
     ),
     Method("score", "l1", "secateur.prune.magnitude:l1", 1, "ICLR 2017, arXiv:1608.08710"),
     Method("score", "l2", "secateur.prune.magnitude:l2", 1, "ICLR 2017, arXiv:1608.08710"),

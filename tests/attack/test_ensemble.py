@@ -110,8 +110,8 @@ def test_bad_input(hardened):
     x, y = hardened.x[:2], hardened.y[:2]
     with pytest.raises(MethodError, match=r"unknown loss 'margin'; choose from: cross-entropy, dlr"):
         apgd(hardened.model, x, y, loss="margin", generator=generator(0))
-    with pytest.raises(MethodError, match=r"unknown version 'standart'; did you mean 'standard'\?"):
-        autoattack(hardened.model, x, y, version="standart", generator=generator(0))
+    with pytest.raises(MethodError, match=r"unknown version 'standardd'; did you mean 'standard'\?"):
+        autoattack(hardened.model, x, y, version="standardd", generator=generator(0))
     with pytest.raises(MethodError, match=r"queries must lie in \[1, "):
         autoattack(hardened.model, x, y, queries=0, generator=generator(0))
     with pytest.raises(MethodError, match="'dlr' needs at least 4 classes, got 3"):

@@ -35,7 +35,12 @@ def randomised(name, **settings):
 
 @pytest.mark.parametrize(
     ("name", "settings", "norms_left"),
-    [("resnet20", {"width": 4}, 0), ("convnet", {"width": 4}, 0), ("preact_resnet18", {"width": 4}, 8), ("wrn", {"depth": 10, "width": 1}, 4)],
+    [
+        ("resnet20", {"width": 4}, 0),
+        ("convnet", {"width": 4}, 0),
+        ("preact_resnet18", {"width": 4}, 8),
+        ("wrn", {"depth": 10, "width": 1}, 4),
+    ],
 )
 def test_a_copy_answers_and_differentiates_as_the_network(name, settings, norms_left):
     model = randomised(name, **settings)
@@ -107,7 +112,9 @@ class Viewing(nn.Module):
 
 def test_a_copy_that_answers_differently_is_not_used(monkeypatch):
     """Also if a batch-norm were folded that must not be."""
-    monkeypatch.setattr(_Reads, "__torch_function__", lambda self, func, types, args=(), kwargs=None: func(*args, **kwargs or {}))
+    monkeypatch.setattr(
+        _Reads, "__torch_function__", lambda self, func, types, args=(), kwargs=None: func(*args, **kwargs or {})
+    )
     monkeypatch.setattr(_Reads, "count", property(lambda self: defaultdict(lambda: 1), lambda self, value: None), raising=False)
     with seeded(generator(0)):
         assert quick_copy(TwoReaders().eval(), torch.rand(4, 3, 8, 8)) is None
@@ -189,9 +196,7 @@ def test_uint8_is_converted_and_nothing_given_is_changed(hardened):
 
 def test_batches_do_not_change_what_is_found(hardened):
     x, y = hardened.x[:50], hardened.y[:50]
-    whole, parts = (
-        fgsm(hardened.model, x, y, eps=0.1, batch_size=size, generator=generator(0)) for size in (256, 7)
-    )
+    whole, parts = (fgsm(hardened.model, x, y, eps=0.1, batch_size=size, generator=generator(0)) for size in (256, 7))
     assert float((whole - parts).abs().gt(1e-6).float().mean()) < 0.001
     strided = x.contiguous(memory_format=torch.channels_last)
     assert torch.equal(fgsm(hardened.model, strided, y, eps=0.1, generator=generator(0)), whole)
@@ -209,7 +214,7 @@ X, Y = grey(3, (1, 4, 4)), torch.tensor([0, 1, 2])
 @pytest.mark.parametrize(
     ("error", "message", "changed"),
     [
-        (DataError, r"images must lie in \[0, 1\], got -0.1955..0.1962; the normalisation belongs into the network", {"x": X - 0.5}),
+        (DataError, r"images must lie in \[0, 1\], got -0.1955..0.1962; the normalisation belongs into", {"x": X - 0.5}),
         (DataError, r"images must lie in \[0, 1\], got nan..nan", {"x": X * torch.nan}),
         (DataError, r"images must be float32 or uint8 \(n, c, h, w\), got torch.float64 \(3, 1, 4, 4\)", {"x": X.double()}),
         (DataError, r"images must be float32 or uint8 \(n, c, h, w\), got torch.float32 \(3, 16\)", {"x": X.flatten(1)}),

@@ -99,6 +99,19 @@ def test_more_steps_and_more_starts_break_more(hardened):
     assert 0.3 < ten < 0.8
 
 
+def test_a_later_start_forgets_nothing(hardened):
+    """The same first start, then others: what it broke stays broken, though each start alone misses some of it."""
+    x, y = hardened.x[:200], hardened.y[:200]
+
+    def broken(restarts):
+        adv = pgd(hardened.model, x, y, eps=0.1, steps=2, restarts=restarts, generator=generator(2))
+        return hardened.model(adv).argmax(dim=1) != y
+
+    one, four = broken(1), broken(4)
+    assert not bool((one & ~four).any())
+    assert int(four.sum()) > int(one.sum())
+
+
 @pytest.mark.parametrize("restarts", [1, 3])
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 1.0)])
 @pytest.mark.parametrize("targeted", [False, True], ids=["away", "towards"])

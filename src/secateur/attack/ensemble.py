@@ -44,8 +44,8 @@ def apgd(
 ) -> Tensor:
     """PGD with momentum whose step size halves by itself wherever the loss stops growing.
 
-    ``z = P(x_t + a_t * sign(g))``, ``x_{t+1} = P(x_t + 0.75 * (z - x_t) + 0.25 * (x_t - x_{t-1}))``, with ``a_0 = 2 eps``; at fixed
-    checkpoints an image whose loss grew in fewer than 75 % of the steps, or not at all, goes back to its best points with
+    ``z = P(x_t + a_t * sign(g))``, ``x_{t+1} = P(x_t + 0.75 * (z - x_t) + 0.25 * (x_t - x_{t-1}))``, with ``a_0 = 2 eps``; at
+    fixed checkpoints an image whose loss grew in fewer than 75 % of the steps, or not at all, goes back to its best points with
     half the step size.
 
     Args:
@@ -133,8 +133,8 @@ def autoattack(
         ModelError: The network does not take the images or answers with NaN.
 
     Differs from the authors' code, whose attacks it runs, in that torch's generators and Python's trace function stay as they
-    were, in that the network is in eval mode, in that points beyond ``eps`` by a rounding are projected back before they count, and in
-    that for L2 our own `square` searches images onto which theirs cannot lay its first grid (12 x 12: it crashes).
+    were, in that the network is in eval mode, in that points beyond ``eps`` by a rounding are projected back before they count,
+    and in that for L2 our own `square` searches images onto which theirs cannot lay its first grid (12 x 12: it crashes).
     """
     check_numbers(steps=steps)
     check_range("queries", queries, 1, 2**31)
@@ -191,9 +191,7 @@ def _parts(
             return [on_entropy, *on_dlr]
 
 
-def _gradient(
-    authors: dict[str, Any], eps: float, norm: Norm, *, steps: int, restarts: int, loss: str, draws: int = 1
-) -> Part:
+def _gradient(authors: dict[str, Any], eps: float, norm: Norm, *, steps: int, restarts: int, loss: str, draws: int = 1) -> Part:
     def run(network: Answers, x: Tensor, y: Tensor, seed: int) -> Tensor:
         part = authors["apgd"](
             network, n_iter=steps, norm=NORM_NAMES[norm], n_restarts=restarts, eps=eps, seed=seed, loss=loss, eot_iter=draws,

@@ -35,6 +35,7 @@ class Network:
         self._unusable: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return logits; raise `ModelError` when the network does not take the images."""
         x = x.contiguous(memory_format=self._layout)
         try:
             logits: Any = self._module(x) if self._forward is None else self._forward(self._module, x)
@@ -124,7 +125,7 @@ def quick_copy(model: nn.Module, x: Tensor) -> nn.Module | None:
         with torch.no_grad():
             copy = deepcopy(model).requires_grad_(False)
             _fold(copy, x)
-            copy = copy.to(memory_format=torch.channels_last)
+            copy = copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             answers = [network(x) for network in (model, copy, model)]
     except torch.OutOfMemoryError:
         raise

@@ -95,8 +95,8 @@ def di_fgsm(
     """MI-FGSM whose gradient is taken at images that were shrunk and put on black at random, with a probability each step.
 
     ``dL/dx`` of ``L(f(T(x_t)), y)``, where ``T`` resizes an image, with probability ``p``, to a side drawn between
-    ``smallest * h`` and ``h`` and pads it with zeros to ``h`` at a random place. Size and place are drawn for each step, whether
-    at all for each image.
+    ``smallest * h`` and ``h`` and pads it with zeros to ``h`` at a random place. Size and place are drawn for each step,
+    whether at all for each image.
 
     Args:
         model: The surrogate; takes images in [0, 1]; left as it was.
@@ -154,8 +154,8 @@ def ti_fgsm(
 ) -> Tensor:
     """MI-FGSM on gradients that were blurred: nearly the gradient over all small translations of the image.
 
-    ``g_{t+1} = mu * g_t + W * dL/dx / |W * dL/dx|_1``, where ``W *`` is a convolution of each channel with a Gaussian kernel. With
-    ``diversity`` it is TI-DI-MI-FGSM.
+    ``g_{t+1} = mu * g_t + W * dL/dx / |W * dL/dx|_1``, where ``W *`` is a convolution of each channel with a Gaussian kernel.
+    With ``diversity`` it is TI-DI-MI-FGSM.
 
     Args:
         model: The surrogate; takes images in [0, 1]; left as it was.
