@@ -108,7 +108,7 @@ def opened(
     ):
         copy = quick_copy(model, x[:PROBED]) if forward is None and passes * len(x) >= WORTH else None
         layout = torch.contiguous_format if copy is None else torch.channels_last
-        yield Network(copy or model, forward, layout)
+        yield Network(model if copy is None else copy, forward, layout)
 
 
 def quick_copy(model: nn.Module, x: Tensor) -> nn.Module | None:

@@ -36,8 +36,8 @@ def pgd(
     """Take steps along the gradient's sign (L2: along the gradient at length 1), projected back into the ball each time.
 
     ``x_0`` uniform in the ball, ``x_{t+1} = P(x_t + a * sign(dL/dx(x_t)))``, or ``P(x_t + a * g / |g|_2)`` for L2, where ``P``
-    is the projection onto the ball around ``x`` and into [0, 1]. A step is one forward and one backward; the last points are not
-    looked at unless another start follows. **What comes back:** of an image that any points looked at have broken, those of
+    is the projection onto the ball around ``x`` and into [0, 1]. A step is one forward and one backward; the last points are
+    not looked at unless another start follows. **What comes back:** of an image that any points looked at have broken, those of
     them with the highest loss, over all starts; else the last points. So nothing that was broken on the way is lost.
 
     Args:

@@ -38,9 +38,10 @@ def square(
     """Search at random: change one square window at a time and keep the change where the margin falls.
 
     The margin is ``z_y - max_{i != y} z_i`` (targeted: its negative). Linf: begin with vertical stripes of ``+-eps``; a query
-    sets a window of each channel to ``x + eps`` or ``x - eps``. L2: begin with a grid of bumps; a query takes the change out of one
-    window, adds a bump of both signs in another, and gives it the length that was free. Side of a window: ``sqrt(p * h * w)``,
-    where ``p`` starts at ``share`` and is halved at fixed parts of the budget. An image that is broken asks no more.
+    sets a window of each channel to ``x + eps`` or ``x - eps``. L2: begin with a grid of bumps; a query takes the change out of
+    one window, adds a bump of both signs in another, and gives it the length that was free. Side of a window:
+    ``sqrt(p * h * w)``, where ``p`` starts at ``share`` and is halved at fixed parts of the budget. An image that is
+    broken asks no more.
 
     Args:
         model: Takes images in [0, 1]; left as it was; only its answers are used.
