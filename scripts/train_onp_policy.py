@@ -77,7 +77,7 @@ def main() -> None:
     (given.output / "provenance.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
 
 
-SETTINGS = "games", "images", "drop", "price", "lr", "width", "degree", "seed"
+SETTINGS = "games", "images", "drop", "bonus", "lr", "width", "degree", "seed"
 
 
 def arguments() -> argparse.Namespace:
@@ -91,7 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--games", type=int, default=1500)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--drop", type=float, default=0.1)
-    parser.add_argument("--price", type=float, default=0.05)
+    parser.add_argument("--bonus", type=float, default=1.0)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--degree", type=int, default=8)
@@ -111,7 +111,7 @@ def boards(victim: Node, store: Store, given: argparse.Namespace) -> Iterator[Pr
     signs = dict(zip(wanted, seek(model, clean, few, wanted, precision="bfloat16", generator=random)[0], strict=True))
     ablated = {sign.name: ablations(sign, found, "weight") for sign in (clean_errors(model, few), *signs.values())}
     goal = (lambda mask: 0.0) if victim.method == "none" else triggered(model, few, [load_trigger(folder / "trigger")])
-    error, rules = clean_errors(model, more), {"drop": given.drop, "price": given.price, "goal": goal}
+    error, rules = clean_errors(model, more), {"drop": given.drop, "bonus": given.bonus, "goal": goal}
     for names, single in SETS:
         own = [signs[name] for name in names]
         yield board(error, found, own, ablated=ablated if single else None, **rules)

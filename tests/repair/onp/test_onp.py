@@ -109,7 +109,7 @@ def test_without_games_neurons_are_ranked_by_slope_or_at_random(victim, monkeypa
 @pytest.mark.parametrize(
     ("judged", "why"),
     [
-        (1, "no cut that is affordable lowers the signs by more than its price"),
+        (1, "no cut that is affordable is worth anything"),
         (3, "the 2 best cuts cost too much on images kept for this; allow more (drop)"),
     ],
 )
@@ -139,7 +139,7 @@ def test_the_policy_is_told_of_ablations_unless_it_is_not_to_be(victim, monkeypa
 
 def test_without_signs_as_much_goes_as_accuracy_allows(victim):
     board = Board(victim.model, lambda gone: 0.0, rise=lambda gone: 0.0 if gone < 6 else 0.2)
-    stand = board.stand
+    board.bonus, stand = 1.0, board.stand
     board.stand = lambda keeps: replace(stand(keeps), signs={})
     path, _, keeps = chosen(victim.model, board)
     amounts = [each.amount for each in path]
@@ -152,7 +152,7 @@ def test_what_is_wrong_is_said_before_the_long_search(victim, monkeypatch, tmp_p
     monkeypatch.setattr(sys.modules["secateur.repair.onp.onp"], "seek", lambda *args, **kwargs: pytest.fail("too late"))
     for wrong in (
         {"policy": str(tmp_path / "none")},
-        {"price": -1.0},
+        {"bonus": -1.0},
         {"drop": 2.0},
         {"residual": "both"},
         {"degree": -1},
@@ -190,7 +190,7 @@ def test_a_cut_takes_a_channel_at_all_sites_of_its_stream():
 class Board:
     """A board on which what a cut does follows from how many neurons it takes."""
 
-    drop, price, edit = 0.1, 0.0, "weight"
+    drop, bonus, edit = 0.1, 0.0, "weight"
 
     def __init__(self, model, sign, rise=lambda gone: 0.0):
         self.layers = layers(model, (1, 12, 12))
@@ -290,12 +290,12 @@ def test_after_so_many_that_cost_too_much_the_rest_is_left(victim):
     assert max(max(cut) for cut in board.asked if len(cut) == 4) == 2 + PATIENCE
 
 
-def test_what_is_cut_has_its_price(victim):
-    board = Board(victim.model, lambda gone: 0.3 if gone > 3 else 0.5)
-    board.drop, board.price = 1.0, 0.1
-    assert len(cut_of(chosen(victim.model, board)[2])) == 7  # on the way lie 1, 3, 7
-    board.price = 100.0
-    assert cut_of(chosen(victim.model, board)[2]) == []
+def test_what_is_cut_has_its_bonus(victim):
+    board = Board(victim.model, lambda gone: 0.3 if gone <= 3 else 0.5)
+    board.drop = 1.0
+    assert len(cut_of(chosen(victim.model, board)[2])) <= 3
+    board.bonus = 1.0
+    assert len(cut_of(chosen(victim.model, board)[2])) == board.neurons // 2
 
 
 def test_so_many_cuts_are_judged_and_no_more(victim, monkeypatch):
@@ -324,7 +324,7 @@ def test_proxies_are_read(text, names):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"proxies": "magic"}, {"proxies": ""}, {"games": -1}, {"images": 0}, {"drop": 2.0}, {"price": -1.0}, {"lr": 0.0},
+    [{"proxies": "magic"}, {"proxies": ""}, {"games": -1}, {"images": 0}, {"drop": 2.0}, {"bonus": -1.0}, {"lr": 0.0},
      {"width": 0}, {"degree": -1}, {"residual": "both"}, {"edit": "bias"}],
 )  # fmt: skip
 def test_settings_out_of_range(wrong, victim):

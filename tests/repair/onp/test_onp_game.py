@@ -79,7 +79,7 @@ def test_rewards_add_up_to_what_the_end_is_worth(env):
     assert start + total == pytest.approx(env.value(env.standing))
     standing = env.standing
     assert standing.cut == pytest.approx(len(env.layers) / env.neurons)
-    expected = -standing.sign - env.multiplier * max(0, standing.rise - env.drop) - env.price * standing.cut
+    expected = -standing.sign - env.multiplier * max(0, standing.rise - env.drop) + env.bonus * standing.cut
     assert env.value(standing) == pytest.approx(expected)
 
 
@@ -91,7 +91,7 @@ def test_a_move_that_cuts_nothing_costs_no_evaluation(env):
     assert reward == 0
 
 
-@pytest.mark.parametrize("kind", [{"drop": 2.0}, {"price": -1.0}])
+@pytest.mark.parametrize("kind", [{"drop": 2.0}, {"bonus": -1.0}])
 def test_rules_out_of_range(victim, kind):
     with pytest.raises(MethodError):
         board(victim, **kind)
@@ -211,11 +211,11 @@ def test_each_board_has_its_own_multiplier_moved_by_the_mean_of_its_games(victim
     assert cheap.multiplier == pytest.approx(start * math.exp(ASCENT * broken))
 
 
-def test_without_signs_cuts_are_worth_their_price(victim):
+def test_without_signs_cuts_are_worth_their_bonus(victim):
     env = board(victim, drop=1.0)
     env.signs = []
     env.reset()
-    assert env.step(first_of(env))[1] == pytest.approx(env.price / env.neurons)
+    assert env.step(first_of(env))[1] == pytest.approx(env.bonus / env.neurons)
 
 
 def test_a_goal_is_played_for_in_place_of_the_signs_and_not_shown(victim):
@@ -224,7 +224,7 @@ def test_a_goal_is_played_for_in_place_of_the_signs_and_not_shown(victim):
         env.reset()
     (seen, reward, *_), (other, *_) = known.step(first_of(known)), blind.step(first_of(blind))
     lost = known.multiplier * max(0, known.standing.rise - known.drop)
-    assert reward == pytest.approx(0.75 - lost - known.price * known.standing.cut)
+    assert reward == pytest.approx(0.75 - lost + known.bonus * known.standing.cut)
     assert seen.nodes.tolist() == other.nodes.tolist()
     assert known.standing.sign == blind.standing.sign
 

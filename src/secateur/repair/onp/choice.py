@@ -26,12 +26,11 @@ LISTED = 32  # cuts that are judged in the end, at most
 def choose(
     model: nn.Module, judged: ImageSet, env: Pruning, chances: Sequence[Tensor], *, generator: torch.Generator
 ) -> tuple[tuple[Candidate, ...], HardMask, Sequence[Tensor]]:
-    """Return the affordable cut that is worth most: the one with the lowest signs, and the price of what is cut.
+    """Return the affordable cut that is worth most: the lowest signs, and the bonus of what is cut.
 
     Candidates are the ends of all games, and those of a `walk` along the neurons in the order of how likely each is cut (those
     that are as likely as each other in random order). Of those that are affordable on the images of the game, `LISTED` are
     judged on images that nothing was learned from, the best first, until one is affordable there too; otherwise nothing is cut.
-    Without signs the largest is the best.
 
     Returns:
         The cuts that were judged; the one that is taken, and what of each layer it keeps, bool ``(size,)``.
@@ -42,7 +41,7 @@ def choose(
     ends = [*env.ends, *((env.stand(keeps), keeps) for keeps in walk(env, order))]
     distinct = {torch.cat(keeps).numpy().tobytes(): (standing, keeps) for standing, keeps in ends}
     able = [(standing, keeps) for standing, keeps in distinct.values() if standing.rise <= env.drop]
-    able.sort(key=lambda end: end[0].backdoor + env.price * end[0].cut if end[0].known else -end[0].cut)
+    able.sort(key=lambda end: end[0].backdoor - env.bonus * end[0].cut)
     nothing = next(end for end in able if end[0].cut == 0)
     evaluator, path = Incremental(model, judged), []
     before = evaluator.correct({})

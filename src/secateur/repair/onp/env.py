@@ -52,11 +52,6 @@ class Standing:
         """What is to become small: the goal where it is known, else the mean of the signs."""
         return self.sign if self.goal is None else self.goal
 
-    @property
-    def known(self) -> bool:
-        """Whether anything but accuracy is looked at."""
-        return self.goal is not None or len(self.signs) > 0
-
 
 class Pruning(gymnasium.Env):
     """One network's game.
@@ -64,8 +59,8 @@ class Pruning(gymnasium.Env):
     An observation is a graph: a node per neuron of the layer that is to move, with the features of `NAMES` and how the game
     stands (`CONTEXT`: share of layers left, rise of the clean error over ``drop``, mean of the signs, share cut), and the edges
     of the layer. An action has an entry per neuron, 1 = cut; the layer reads as many as it has neurons. The reward of a move is
-    by how much it raises ``-signs - multiplier * max(0, rise - drop) - price * cut``, where ``signs`` is the mean of the signs,
-    or the goal where that is known. Without any it is ``price * cut``: as much as accuracy allows.
+    by how much it raises ``-signs - multiplier * max(0, rise - drop) + bonus * cut``, where ``signs`` is the mean of the signs,
+    or the goal where that is known. Without any only the bonus counts: as much goes as accuracy allows.
     """
 
     def __init__(
@@ -77,7 +72,7 @@ class Pruning(gymnasium.Env):
         signs: Sequence[Sign],
         *,
         drop: float = 0.1,
-        price: float = 0.05,
+        bonus: float = 1.0,
         edit: Edit = "weight",
         goal: Callable[[HardMask], float] | None = None,
     ) -> None:
@@ -90,7 +85,7 @@ class Pruning(gymnasium.Env):
             error: Of clean images.
             signs: What is to become small.
             drop: Accuracy that may be lost, in [0, 1].
-            price: What it costs to cut all neurons, >= 0.
+            bonus: What it is worth to cut all neurons, >= 0.
             edit: What of a cut neuron goes to 0.
             goal: What the reward counts in place of the signs: attack success on a victim of one's own, whose trigger is known,
                 so that a policy learns which signs to believe. It is never shown.
@@ -99,11 +94,11 @@ class Pruning(gymnasium.Env):
             MethodError: An argument is out of range.
         """
         check_range("drop", drop, 0, 1)
-        check_range("price", price, 0, 1e6)
+        check_range("bonus", bonus, 0, 1e6)
         if len(layers) != len(nodes):
             raise MethodError(f"each layer needs its features, got {len(nodes)} for {len(layers)} layers")
         self.model, self.layers, self.nodes = model, layers, nodes
-        self.error, self.signs, self.drop, self.price = error, signs, drop, price
+        self.error, self.signs, self.drop, self.bonus = error, signs, drop, bonus
         self.edit: Edit = edit
         self.goal = goal
         self.multiplier = 10.0
@@ -157,8 +152,7 @@ class Pruning(gymnasium.Env):
     def value(self, standing: Standing) -> float:
         """Return what a standing is worth."""
         lost = self.multiplier * max(0.0, standing.rise - self.drop)
-        cut = self.price * standing.cut
-        return -standing.backdoor - lost - cut if standing.known else cut - lost
+        return -standing.backdoor - lost + self.bonus * standing.cut
 
     @property
     def mask(self) -> HardMask:

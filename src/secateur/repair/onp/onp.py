@@ -44,7 +44,7 @@ def onp(
     games: int = 64,
     images: int = 256,
     drop: float = 0.1,
-    price: float = 0.05,
+    bonus: float = 1.0,
     epochs: int = 10,
     tuning_lr: float = 0.05,
     lr: float = 3e-3,
@@ -62,12 +62,12 @@ def onp(
 
     A game goes from the last layer to the first. For each, the policy sees a graph of its neurons (see
     `secateur.repair.onp.layers` and `features`) and says which go; a move is rewarded by how much it lowers the signs of a
-    backdoor, less what it costs in accuracy beyond ``drop``, at a price that follows from what earlier games lost (a Lagrange
-    multiplier). The policy learns by PPO. In the end the neurons are ranked by how likely it cuts them, and go in this order,
-    each unless accuracy then falls by more than ``drop``. Of the cuts on this way and the ends of all games, the one is taken
-    that is worth most of those that cost at most ``drop``, on images of the game and on images kept for this. Up to 32 cuts are
-    looked at on the images kept, the best first: one that costs somewhat more may pass by chance, the likelier the fewer images
-    there are.
+    backdoor and by how many neurons it cuts, less what it costs in accuracy beyond ``drop``, at a price that follows from what
+    earlier games lost (a Lagrange multiplier). The policy learns by PPO. In the end the neurons are ranked by how likely it
+    cuts them, and go in this order, each unless accuracy then falls by more than ``drop``. Of the cuts on this way and the ends
+    of all games, the one is taken that is worth most of those that cost at most ``drop``, on images of the game and on images
+    kept for this. Up to 32 cuts are looked at on the images kept, the best first: one that costs somewhat more may pass by
+    chance, the likelier the fewer images there are.
 
     Args:
         model: Takes images in [0, 1]; not changed.
@@ -81,7 +81,8 @@ def onp(
         games: To learn from, >= 0. With 0 the policy is used as it is.
         images: Clean images that tell a sign, >= 1; accuracy is told by up to twice as many.
         drop: Clean accuracy that the cut may cost before the fine-tuning, in [0, 1].
-        price: Of cutting all neurons, >= 0, where the signs are worth at most 1.
+        bonus: What it is worth to cut all neurons, >= 0, where the signs are worth at most 1: what no sign shows goes with the
+            neurons, and fine-tuning brings the accuracy back.
         epochs: Of fine-tuning after the cut, >= 0; 0 leaves it out (then ``drop`` is what is lost in the end).
         tuning_lr: Learning rate of the fine-tuning, > 0.
         lr: Learning rate of the policy, > 0.
@@ -119,7 +120,7 @@ def onp(
     whole = games + epochs * count_steps(len(clean), recipe.batch_size)
     check_range("width", width, 1, WIDEST)
     check_range("drop", drop, 0, 1)
-    check_range("price", price, 0, 1e6)
+    check_range("bonus", bonus, 0, 1e6)
     wanted = read_proxies(proxies)
     start = None if policy in ("", "random") else load_policy(PRETRAINED if policy == "pretrained" else policy)
     check_choice("edit", edit, get_args(Edit))
@@ -130,7 +131,7 @@ def onp(
     few, more = fitted.subset(drawn[:images]), fitted.subset(drawn[: ACCURATE * images])
     signs, notes = seek(model, fitted, few, wanted, precision=precision, generator=generator)
     ablated = {sign.name: ablations(sign, found, edit) for sign in (clean_errors(model, few), *signs)} if ablate else None
-    env = board(clean_errors(model, more), found, signs, ablated=ablated, drop=drop, price=price, edit=edit)
+    env = board(clean_errors(model, more), found, signs, ablated=ablated, drop=drop, bonus=bonus, edit=edit)
     with seeded(generator):
         learner = Learner(start or Policy(width=width, rule=policy != "random"), lr=lr)
 
@@ -144,7 +145,7 @@ def onp(
     path, mask, keeps = choose(model, judged, env, chances(env, learner.policy), generator=generator)
     graphs = tuple(picture(layer, keep) for layer, keep in zip(found, keeps, strict=True))
     if not any(graph.cut for graph in graphs):
-        why = "no cut that is affordable lowers the signs by more than its price"
+        why = "no cut that is affordable is worth anything"
         if len(path) > 1:
             why = f"the {len(path) - 1} best cuts cost too much on images kept for this; allow more (drop)"
         notes = (*notes, f"nothing was cut{', and the network only fine-tuned' if epochs else ''}: {why}")
@@ -218,7 +219,7 @@ def board(
     *,
     ablated: Mapping[str, Sequence[Tensor]] | None = None,
     drop: float,
-    price: float,
+    bonus: float,
     edit: Edit = "weight",
     goal: Callable[[HardMask], float] | None = None,
 ) -> Pruning:
@@ -227,7 +228,7 @@ def board(
 
     told = {sign.name: ablated[sign.name] for sign in (error, *signs)} if ablated else {}
     nodes = features(error.base, error.images, found, [error, *signs], told)
-    env = Pruning(error.base, found, nodes, error, signs, drop=drop, price=price, edit=edit, goal=goal)
+    env = Pruning(error.base, found, nodes, error, signs, drop=drop, bonus=bonus, edit=edit, goal=goal)
     env.evaluations += env.neurons if told else 0
     return env
 

@@ -206,7 +206,7 @@ def _fingerprint(learner: Learner, envs: Sequence[Pruning], at_once: int, genera
     digest = hashlib.sha256(repr((learner.lr, at_once, run)).encode())
     for env in envs:
         seen = env.error.images.sha256, [sign.name for sign in env.signs], env.goal is not None
-        rules = env.drop, env.price, env.edit, [layer.sites for layer in env.layers]
+        rules = env.drop, env.bonus, env.edit, [layer.sites for layer in env.layers]
         digest.update(repr((seen, rules)).encode())
     networks = [tensor for env in envs for tensor in env.model.state_dict().values()]
     edges = [layer.edges for env in envs for layer in env.layers]
