@@ -12,11 +12,15 @@ from ..architectures import ARCHITECTURES, Architecture, names
 from .description import read_arch
 
 if TYPE_CHECKING:
+    from .activations import unwrap as unwrap
+    from .activations import wrap as wrap
+    from .activations import wrappers_of as wrappers_of
     from .bundle import load_bundle as load_bundle
     from .bundle import load_masks as load_masks
     from .bundle import save as save
     from .registry import build as build
     from .registry import recognise as recognise
+    from .structure import stages as stages
     from .wrapper import Classifier as Classifier
     from .wrapper import core as core
 
@@ -28,6 +32,10 @@ _HOMES = {
     "load_masks": "bundle",
     "recognise": "registry",
     "save": "bundle",
+    "stages": "structure",
+    "unwrap": "activations",
+    "wrap": "activations",
+    "wrappers_of": "activations",
 }
 __all__ = [
     "ARCHITECTURES",
@@ -41,6 +49,10 @@ __all__ = [
     "read_arch",
     "recognise",
     "save",
+    "stages",
+    "unwrap",
+    "wrap",
+    "wrappers_of",
 ]
 
 

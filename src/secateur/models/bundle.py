@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..architectures import resolve
 from ..errors import ModelError, RefusedError
 from ..types import ChannelMask, HardMask, WeightMask
+from .activations import attach, wrappers_of
 from .description import FORMAT, check_arch, read_arch
 from .factory import call_factory, import_factory
 from .registry import Shapes, shapes_of, skeleton
@@ -56,6 +57,8 @@ def save(
 ) -> None:
     """Write a bundle.
 
+    Edits of feature maps that are on the network (`wrap`) are kept.
+
     Args:
         model: The classifier; its weights must be float32 and finite.
         folder: Where to; made when missing.
@@ -77,7 +80,7 @@ def save(
         "classes": list(model.classes),
         "channels": {site: [int(i) for i in indices] for site, indices in kept.items()},
         "masks": None if masks is None else MASKS,
-        "wrappers": [],
+        "wrappers": list(wrappers_of(model)),
         "quant": None,
         "steps": [dict(step) for step in steps],
         "ancestor_sha256": ancestor_sha256,
@@ -110,9 +113,8 @@ def load_bundle(folder: str | Path, *, factory: str | Callable[[], nn.Module] | 
     """
     folder = Path(folder)
     fields = read_arch(folder)
-    for part in ("wrappers", "quant"):
-        if fields[part]:
-            raise ModelError(f"arch.json: {part} are not supported in this version of secateur")
+    if fields["quant"]:
+        raise ModelError("arch.json: quant is not supported in this version of secateur")
     c, h, w = fields["input"]["shape"]
     net = _rebuild(fields, factory)
     name = fields["arch"]["name"] or "the factory's network"
@@ -122,7 +124,7 @@ def load_bundle(folder: str | Path, *, factory: str | Callable[[], nn.Module] | 
     if outputs != len(fields["classes"]):
         raise ModelError(f"arch.json: classes must have one name per output ({outputs}), got {len(fields['classes'])}")
     assign(net, state, name)
-    return Classifier(
+    model = Classifier(
         net,
         classes=fields["classes"],
         input_shape=(c, h, w),
@@ -131,6 +133,8 @@ def load_bundle(folder: str | Path, *, factory: str | Callable[[], nn.Module] | 
         arch=fields["arch"],
         channels=fields["channels"],
     ).eval()
+    attach(model, fields["wrappers"])
+    return model
 
 
 def load_masks(folder: str | Path) -> HardMask | None:

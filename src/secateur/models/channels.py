@@ -355,7 +355,10 @@ def trace_channels(model: nn.Module, input_shape: tuple[int, int, int]) -> Chann
 
 def _step(follow: _Follower, node: fx.Node, incoming: list[_Value], shape: tuple[int, ...]) -> _Value | None:
     if node.op == "call_module" and len(incoming) == 1:
-        return _module_step(follow, str(node.target), incoming[0], shape)
+        value = _module_step(follow, str(node.target), incoming[0], shape)
+        if value is not None and follow.modules[str(node.target)]._forward_hooks:
+            follow.keep([value], f"what '{node.target}' returns is edited")
+        return value
     if node.op in ("call_function", "call_method") and incoming:
         return _function_step(follow, node, incoming, shape)
     return None

@@ -104,6 +104,8 @@ class Channelwise:
         module = self._graph.module(node)
         if any(source in self._reached and source not in self._few for source in sources) or node is self._graph.end:
             return None
+        if module is not None and module._forward_hooks:  # which would not run on a part of the channels
+            return None
         if len(sources) == 1 and isinstance(module, _BatchNorm):
             return self._norm(node, module, new)
         if len(sources) == 1 and isinstance(module, _ConvNd) and type(module) in CONV:
