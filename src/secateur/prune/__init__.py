@@ -1,6 +1,8 @@
 """The grammar of pruning: scores, order, scope, amount, edit, heal."""
 
 from . import magnitude
+from .activations import clamp_activations, clean_bounds, edit_activations, round_activations
+from .edits import Edited, Resampled, adaptive, clamp, noise, small_entries, sparsify
 from .grammar import Sentence, apply_and_heal, cut_until, first_crossing, follow, prune
 from .layers import choose_layers, prunable_layers
 from .mask import apply_mask, carry_over, collapsed, parameter_masks, removed
@@ -10,24 +12,35 @@ __all__ = [
     "Below",
     "Compression",
     "Count",
+    "Edited",
     "Fraction",
     "Outliers",
     "Ranking",
+    "Resampled",
     "Sentence",
     "Until",
+    "adaptive",
     "apply_and_heal",
     "apply_mask",
     "carry_over",
     "choose_layers",
+    "clamp",
+    "clamp_activations",
+    "clean_bounds",
     "collapsed",
     "cut_until",
+    "edit_activations",
     "first_crossing",
     "follow",
     "magnitude",
+    "noise",
     "parameter_masks",
     "prunable_layers",
     "prune",
     "rank",
     "removed",
+    "round_activations",
     "select",
+    "small_entries",
+    "sparsify",
 ]

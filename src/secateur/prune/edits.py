@@ -1,55 +1,212 @@
-"""Edits of whole tensors that are not masks: clamp large weights, add noise.
+"""Edits of whole tensors: zero what is small, clamp what is large, add noise, once or at each forward.
 
-Every other edit of the grammar is a mask: ``zero`` is `mask.apply_mask`, ``scale`` is a `SoftMask`, ``remove`` is in
-``compress``.
+After Kahsolt/adversarial-prune (github, 2023): its E, S and R, said to hinder PGD without any training. Each function returns
+an `Edited`: a new network, the share of entries changed and what an attack made against this very edit calls in its place:
+
+==========================================  ======================================================================
+what the network has                        `adaptive`
+==========================================  ======================================================================
+other weights (`sparsify clamp noise`)      None: its own gradient is true, an attack on it is adaptive as it stands
+edits of feature maps (``activations``)     `attack.through_wrappers`: exact values, gradient of the identity (BPDA)
+noise drawn at each forward (`Resampled`)   `attack.eot`: the mean over `DRAWS` draws
+both                                        both
+==========================================  ======================================================================
+
+Other edits of the grammar are masks: ``zero`` is `mask.apply_mask`, ``scale`` is a `SoftMask`, ``remove`` is in ``compress``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
-from torch import nn
+from scipy.stats import normaltest
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from ..errors import check_range
-from ..models import core
+from ..attack import eot, through_wrappers
+from ..attack.network import Forward
+from ..errors import MethodError, check_choice, check_range, unknown
+from ..models import core, wrappers_of
+from ..types import WeightMask
+from .mask import apply_mask
+
+Which = Literal["all", "normal", "not-normal"]
+DRAWS = 10
+TESTABLE = 20  # entries from which on the normality test is valid
 
 
-def clamp(model: nn.Module, *, deviations: float, names: Iterable[str] | None = None) -> nn.Module:
-    """Return a copy with each parameter tensor clamped to ``mean +- S*std`` of itself.
+@dataclass(frozen=True, eq=False)
+class Edited:
+    """An edited network.
+
+    Attributes:
+        model: A new network.
+        changed: Entries changed / all entries, of all parameters.
+        forward: What an adaptive attack calls in place of the network (setting ``forward`` of the attacks); None for itself.
+    """
+
+    model: nn.Module
+    changed: float
+    forward: Forward | None
+
+
+def adaptive(model: nn.Module) -> Forward | None:
+    """Return the setting ``forward`` with which attacks on an edited network are adaptive (the table above)."""
+    inner = through_wrappers if wrappers_of(model) else None
+    return eot(DRAWS, forward=inner) if any(isinstance(module, Resampled) for module in model.modules()) else inner
+
+
+def small_entries(model: nn.Module, *, below: float, names: Iterable[str] | None = None) -> WeightMask:
+    """Return the mask that cuts every entry with ``|w| < E``: a sentence of the grammar that `apply_and_heal` can heal.
+
+    Args:
+        model: The network.
+        below: E, >= 0.
+        names: Parameters, or modules whose weights and biases are meant; by default all weights and biases, also of norms.
+    """
+    check_range("below", below, 0, 1e6)
+    return WeightMask({name: p.detach().abs() >= below for name, p in _chosen(model, names).items()})
+
+
+def sparsify(model: nn.Module, *, below: float, names: Iterable[str] | None = None) -> Edited:
+    """Zero where ``|w| < E``, in weights and biases, also of norms (Kahsolt's E).
 
     Args:
         model: Left as it was.
-        deviations: S, >= 0.
-        names: Parameters to edit; all by default.
+        below: E, >= 0.
+        names: Parameters, or modules whose weights and biases are meant; by default all weights and biases.
+
+    Raises:
+        MethodError: ``below`` is out of range, or there is no such parameter or module.
+    """
+    return _compared(model, apply_mask(model, small_entries(model, below=below, names=names)))
+
+
+def clamp(
+    model: nn.Module,
+    *,
+    deviations: float,
+    which: Which = "all",
+    significance: float = 1e-5,
+    names: Iterable[str] | None = None,
+) -> Edited:
+    """Clamp each tensor to ``mean +- S*std`` of its own entries (Kahsolt's S).
+
+    The authors mean to clamp tensors that look normal, and say so in a comment, but their code clamps where D'Agostino's and
+    Pearson's test *rejects* normality at p < 1e-5: ``which="not-normal"`` is what they did, ``"normal"`` what they say. Tensors
+    of fewer than 20 entries, which the test cannot judge, and constant ones count as normal.
+
+    Args:
+        model: Left as it was.
+        deviations: S, >= 0; the standard deviation is that of a whole population, as the authors compute it.
+        which: ``all`` tensors, or only those that the test finds ``normal`` or ``not-normal``.
+        significance: p below which a tensor is not normal, in [0, 1].
+        names: Parameters, or modules whose weights and biases are meant; by default all weights and biases, also of norms.
+
+    Raises:
+        MethodError: An argument is out of range, or there is no such parameter or module.
     """
     check_range("deviations", deviations, 0, 1e6)
+    check_choice("which", which, get_args(Which))
+    check_range("significance", significance, 0, 1)
     copy = deepcopy(model)
-    chosen = None if names is None else set(names)
     with torch.no_grad():
-        for name, parameter in core(copy).named_parameters():
-            if (chosen is None or name in chosen) and parameter.numel() > 1:
-                spread = deviations * parameter.std()
-                parameter.clamp_(parameter.mean() - spread, parameter.mean() + spread)
-    return copy
+        for parameter in _chosen(copy, names).values():
+            if which == "all" or is_normal(parameter, significance) == (which == "normal"):
+                wide = parameter.double()
+                mean, spread = wide.mean(), deviations * wide.std(correction=0)
+                parameter.copy_(wide.clamp(mean - spread, mean + spread))
+    return _compared(model, copy)
 
 
-def noise(model: nn.Module, *, radius: float, names: Iterable[str] | None = None, generator: torch.Generator) -> nn.Module:
-    """Return a copy with uniform noise from ``[-R, R]`` added to each parameter.
+def is_normal(values: Tensor, significance: float = 1e-5) -> bool:
+    """Return whether D'Agostino's and Pearson's test fails to reject that the entries are normal (Biometrika 60, 1973)."""
+    entries = values.detach().flatten().double().cpu()
+    if len(entries) < TESTABLE or bool((entries == entries[0]).all()):
+        return True
+    return not float(normaltest(entries.numpy()).pvalue) < significance
+
+
+def noise(
+    model: nn.Module,
+    *,
+    radius: float,
+    resampled: bool = False,
+    names: Iterable[str] | None = None,
+    generator: torch.Generator,
+) -> Edited:
+    """Add noise from U[-R, R] to every entry (Kahsolt's R, who adds it once).
 
     Args:
         model: Left as it was.
         radius: R, >= 0.
-        names: Parameters to edit; all by default.
-        generator: Draws the noise.
+        resampled: Draw anew at each forward, from torch's own generator, which attacks seed: see `Resampled`.
+        names: Parameters, or modules whose weights and biases are meant; by default all weights and biases, also of norms.
+        generator: Draws the noise that is added once.
+
+    Raises:
+        MethodError: ``radius`` is out of range, or there is no such parameter or module.
     """
     check_range("radius", radius, 0, 1e6)
+    if resampled:
+        chosen = _chosen(model, names)
+        network = Resampled(deepcopy(model), radius, tuple(chosen))
+        changed = sum(parameter.numel() for parameter in chosen.values()) if radius else 0
+        return Edited(network, changed / max(1, _entries(model)), adaptive(network))
     copy = deepcopy(model)
-    chosen = None if names is None else set(names)
     with torch.no_grad():
-        for name, parameter in core(copy).named_parameters():
-            if chosen is None or name in chosen:
-                drawn = torch.rand(parameter.shape, generator=generator).mul_(2).sub_(1)
-                parameter.add_(radius * drawn.to(parameter))
-    return copy
+        for parameter in _chosen(copy, names).values():
+            drawn = torch.rand(parameter.shape, generator=generator).mul_(2).sub_(1)
+            parameter.add_(radius * drawn.to(parameter))
+    return _compared(model, copy)
+
+
+class Resampled(nn.Module):
+    """A network whose weights get other noise from U[-R, R] at each forward; between forwards it has none.
+
+    Attributes:
+        network: The network without noise.
+        radius: R.
+        names: The parameters that get noise, relative to ``core(network)``.
+    """
+
+    def __init__(self, network: nn.Module, radius: float, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.network, self.radius, self.names = network, radius, names
+        self.training = network.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``(batch, classes)`` of one draw, the same for all images of the batch."""
+        inner = core(self.network)
+        prefix = "" if inner is self.network else "net."
+        own = dict(inner.named_parameters())
+        drawn = {f"{prefix}{name}": own[name] + self.radius * (2 * torch.rand_like(own[name]) - 1) for name in self.names}
+        return functional_call(self.network, drawn, (x,))
+
+
+def _chosen(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Parameter]:
+    parameters = dict(core(model).named_parameters())
+    if names is None:
+        return {name: p for name, p in parameters.items() if name.rpartition(".")[2] in ("weight", "bias")}
+    chosen: dict[str, nn.Parameter] = {}
+    for wanted in names:
+        found = {name: p for name, p in parameters.items() if name == wanted or name.startswith(f"{wanted}.")}
+        if not found:
+            layers = {name.rpartition(".")[0] for name in parameters} - {""}
+            raise MethodError(unknown("parameter or layer", wanted, {*parameters, *layers}))
+        chosen |= found
+    return chosen
+
+
+def _compared(before: nn.Module, after: nn.Module) -> Edited:
+    old = dict(core(before).named_parameters())
+    changed = sum(int((old[name] != value).sum()) for name, value in core(after).named_parameters())
+    return Edited(after, changed / max(1, _entries(before)), adaptive(after))
+
+
+def _entries(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in core(model).parameters())
