@@ -157,7 +157,7 @@ def bright(*values: float) -> ImageSet:
 
 
 def test_bounds_from_clean_images():
-    """f1 of pixels 0, 0, 0, 1 in the second place only: values 0 seven times and 1 once, mean 1/8, standard deviation sqrt(7)/8."""
+    """f1 is 0 seven times and 1 once: mean 1/8, standard deviation sqrt(7)/8."""
     net, clean = two_layers(), bright(0, 0, 0, 0, 0, 0, 0, 1)
     [bound] = clean_bounds(net, clean, deviations=1, batch_size=3)
     assert bound["after"] == "1"
