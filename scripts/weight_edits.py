@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from secateur import __version__
 from secateur.attack import pgd, square
-from secateur.attack.losses import Aim
+from secateur.attack.losses import DLR_CLASSES, Aim
 from secateur.attack.network import opened
 from secateur.cli.options import ModelFlags
 from secateur.data import load_data
@@ -115,7 +115,7 @@ def published(edited: Edited, x: Tensor, y: Tensor, given: Settings) -> Tensor:
     return answers(edited, torch.cat(found), given.batch_size)
 
 
-def strong(edited: Edited, x: Tensor, clean: Tensor, given: Settings, *, both: bool) -> tuple[Tensor, str]:
+def strong(edited: Edited, x: Tensor, clean: Tensor, given: Settings, *, classes: int, both: bool) -> tuple[Tensor, str]:
     """Return which answers some attack changes, and how many each attack had changed, counted on.
 
     Args:
@@ -123,6 +123,7 @@ def strong(edited: Edited, x: Tensor, clean: Tensor, given: Settings, *, both: b
         x: Images.
         clean: Its answers to them.
         given: Steps, restarts, queries.
+        classes: How many; DLR needs four, the margin takes its place.
         both: Attack through the adaptive forward and through the network itself.
     """
     left, told = torch.ones(len(x), dtype=torch.bool), []
@@ -131,7 +132,7 @@ def strong(edited: Edited, x: Tensor, clean: Tensor, given: Settings, *, both: b
     climbing = {"steps": given.steps, "restarts": given.restarts, "drop_broken": True}
     attacks = [
         (f"pgd {loss} {name}", partial(pgd, loss=loss, forward=forward, **climbing, **common))
-        for loss in ("cross-entropy", "dlr")
+        for loss in ("cross-entropy", "dlr" if classes >= DLR_CLASSES else "margin")
         for name, forward in forwards
     ]
     attacks.append(("square", partial(square, queries=given.queries, forward=forwards[0][1], **common)))
@@ -163,7 +164,7 @@ def one(name: str, edited: Edited, images: ImageSet, kind: str, given: Settings)
     if kind == "published":
         attacked = published(edited, x, y, given)
     else:
-        broken, parts = strong(edited, x, clean, given, both=name.startswith("clamp="))
+        broken, parts = strong(edited, x, clean, given, classes=len(images.classes), both=name.startswith("clamp="))
         attacked = torch.where(broken, -1, clean)  # worst case: -1 is no class
     line: dict[str, object] = {"edit": name, "attack": kind, "changed": f"{edited.changed:.6f}", "n": len(y)}
     for key, rate in rates(clean, attacked, y).items():

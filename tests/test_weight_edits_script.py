@@ -1,0 +1,78 @@
+"""The script that makes the table of weight edits: right counts, all rows, and nothing computed twice."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur.data import save_npz
+from secateur.models import save
+from secateur.prune import Resampled, adaptive
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("weight_edits", ROOT / "scripts" / "weight_edits.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["weight_edits"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["weight_edits"]
+
+
+def test_rates_by_hand(script):
+    """Of four images three are right; one of them falls, and the wrong one gets another wrong answer."""
+    y, clean, attacked = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 0, 1])
+    found = {name: (rate.value, rate.n) for name, rate in script.rates(clean, attacked, y).items()}
+    assert found == {
+        "accuracy": (0.75, 4),
+        "remnant": (0.5, 4),
+        "attack_success": (pytest.approx(1 / 3), 3),
+        "change": (0.5, 4),
+    }
+    assert script.rates(clean, clean, clean + 1)["attack_success"] is None
+
+
+def test_every_row_makes_a_network(script, trained, images):
+    for name, make in script.rows(0).items():
+        edited = make(trained, images)
+        assert torch.isfinite(edited.model(torch.rand(2, 1, 12, 12))).all()
+        assert isinstance(edited.model, Resampled) == name.endswith("resampled")
+        assert (edited.forward is None) == (adaptive(edited.model) is None)
+
+
+def test_a_run_goes_on_where_it_was(script, trained, images, tmp_path, monkeypatch, capsys):
+    save(trained, tmp_path / "net")
+    save_npz(images, tmp_path / "data.npz")
+    command = ["weight_edits.py", "--model", str(tmp_path / "net"), "--data", str(tmp_path / "data.npz"), "--limit", "20"]
+    command += ["--calibration", "20", "--steps", "3", "--restarts", "1", "--queries", "3", "-o", str(tmp_path / "out")]
+    attacks = ["--attack", "published", "--attack", "strong"]
+
+    def run(*more: str) -> list[dict[str, str]]:
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        script.main()
+        return list(csv.DictReader((tmp_path / "out" / "cells.csv").open(encoding="utf-8")))
+
+    first = run("--rows", "none,clamp=3std", *attacks)
+    assert [(line["edit"], line["attack"]) for line in first] == [
+        (name, attack) for attack in ("published", "strong") for name in ("none", "clamp=3std")
+    ]
+    assert "pgd cross-entropy plain" in first[3]["changed_answers_after"]
+    again = run("--rows", "none,R=0.01 resampled", "--attack", "published")
+    assert again[:4] == first
+    assert [line["edit"] for line in again[4:]] == ["R=0.01 resampled"]
+    assert all(line["n"] == line["accuracy_n"] == "20" for line in again)
+    with pytest.raises(SystemExit, match="holds figures of other settings"):
+        run("--seed", "1")
+    with pytest.raises(SystemExit, match="unknown row 'nothing'"):
+        run("--rows", "nothing")
+    assert capsys.readouterr().out.count("edit=") == 5
