@@ -242,7 +242,7 @@ def main() -> None:
     if where.exists() and where.read_text("utf-8") != text:
         raise SystemExit(f"{args.output} holds figures of other settings: name another folder")
     where.write_text(text, "utf-8")
-    lines: list[Mapping[str, object]] = list(csv.DictReader(table.open(encoding="utf-8"))) if table.exists() else []
+    lines: list[Mapping[str, object]] = list(csv.DictReader(table.read_text("utf-8").splitlines())) if table.exists() else []
     done = {(line["edit"], line["attack"]) for line in lines}
     for kind in args.attack or ["published"]:
         for name in wanted:

@@ -60,7 +60,7 @@ def test_a_run_goes_on_where_it_was(script, trained, images, tmp_path, monkeypat
     def run(*more: str) -> list[dict[str, str]]:
         monkeypatch.setattr(sys, "argv", [*command, *more])
         script.main()
-        return list(csv.DictReader((tmp_path / "out" / "cells.csv").open(encoding="utf-8")))
+        return list(csv.DictReader((tmp_path / "out" / "cells.csv").read_text("utf-8").splitlines()))
 
     first = run("--rows", "none,clamp=3std", *attacks)
     assert [(line["edit"], line["attack"]) for line in first] == [
