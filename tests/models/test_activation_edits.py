@@ -148,6 +148,9 @@ def test_the_incremental_evaluator_sees_them(name, after):
             expected = torch.cat([other(x) for x in (data.x.float() / 255).split(4)])
         assert torch.allclose(evaluator.logits({key: change}), expected, atol=1e-5)
         assert torch.equal(evaluator.predict({key: change}), expected.argmax(dim=1))
+        changed = evaluator._changed({key: change})
+        few = torch.cat(list(evaluator._stream(changed, evaluator._way(changed))))  # what predictions come from
+        assert torch.allclose(few, expected, atol=1e-5)
     assert not torch.equal(evaluator.logits({}), Incremental(model, data).logits({}))
 
 
