@@ -1,4 +1,4 @@
-"""Numbers with intervals: accuracy, attack success, robustness and whether to believe it, cost; what attacks and edits do inside."""
+"""Numbers with intervals: accuracy, attack success, robustness and whether to believe it, cost; attacks and edits from inside."""
 
 from .accuracy import Evaluation, correct, evaluate, predict
 from .adversarial import Bound, Crafted, ThreatModel, bind, craft
@@ -7,11 +7,13 @@ from .cost import Cost, cost
 from .intervals import paired_p, wilson
 from .layer_study import Histogram, Mean, StageShift, layer_study
 from .robustness import Outcomes, Rates, Robustness, robustness, robustness_curve
+from .sanity import Check, Sanity, sanity
 from .transfer import Comparison, TransferMatrix, compare, transfer_matrix
 from .visibility import Visibility, visibility
 
 __all__ = [
     "Bound",
+    "Check",
     "Comparison",
     "Cost",
     "Crafted",
@@ -22,6 +24,7 @@ __all__ = [
     "Outcomes",
     "Rates",
     "Robustness",
+    "Sanity",
     "StageShift",
     "ThreatModel",
     "TransferMatrix",
@@ -39,6 +42,7 @@ __all__ = [
     "predict",
     "robustness",
     "robustness_curve",
+    "sanity",
     "transfer_matrix",
     "visibility",
     "weight_study",

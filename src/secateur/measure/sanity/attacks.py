@@ -1,0 +1,185 @@
+"""Checks of the attacks: did they stay within the threat model, and did each do what its strength promises?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+from ..adversarial import TOLERANCE
+from ..intervals import paired_p
+from .evidence import Evidence, Run
+from .judging import (
+    POINT,
+    SIGNIFICANCE,
+    Skip,
+    exceeds,
+    images,
+    not_stronger,
+    run_of,
+    usable,
+    wins,
+    worst,
+)
+from .values import Verdict
+
+LOSSES = 0.05  # sound networks differ by 1 to 3 points between the losses, hidden gradients by tens
+RIGHTED = 0.25  # of the images wrong when clean; an attack away from the network's own answers rights most of them
+
+
+def all_ran(e: Evidence) -> Verdict:
+    """An attack that gets no gradient or no finite answer has shown nothing."""
+    runs = [*e.runs.values(), *e.sweep.values()]
+    broken = [run for run in runs if run.error]
+    if not broken:
+        return Verdict("PASS", 0.0, f"all {len(runs)} attacks ran")
+    return Verdict("FAIL", len(broken) / len(runs), f"{len(broken)} of {len(runs)} attacks could not run: {broken[0].error}")
+
+
+def within_eps(e: Evidence) -> Verdict:
+    """No image may lie farther than eps + 1e-6, before rounding; those that do were not counted."""
+    excess = {run.name: run.distance - e.settings.threat.eps for run in _tried(e)}
+    name = max(excess, key=lambda key: excess[key])
+    told = f"largest distance: {e.settings.threat.eps + excess[name]:.6g} by {name}, allowed {e.settings.threat.eps:.6g}"
+    return Verdict("FAIL" if excess[name] > TOLERANCE else "PASS", excess[name], told)
+
+
+def within_pixels(e: Evidence) -> Verdict:
+    """No image may leave [0, 1]; those that do were not counted."""
+    run = max(_tried(e), key=lambda run: run.outside)
+    told = f"farthest beyond [0, 1]: {run.outside:.3g} by {run.name}"
+    return Verdict("FAIL" if run.outside > TOLERANCE else "PASS", run.outside, told)
+
+
+def survives_files(e: Evidence) -> Verdict:
+    """Success lost by rounding to 8 bit: not a fault of the network, but the number is for images that no file holds."""
+    runs = [*run_of(e, "pgd"), *(e.runs[name] for name in e.given if not e.runs[name].error)]
+    lost = {run.name: (run.broken & ~run.stored, int(run.broken.sum()) - int(run.stored.sum())) for run in runs}
+    name, (where, net) = max(lost.items(), key=lambda item: item[1][1])
+    told = f"{name} breaks {net} images fewer in 8 bit than as returned"
+    return Verdict(
+        "WARN" if net > POINT * len(e.data) else "PASS", net / len(e.data), told, images(e, where) if net > 0 else ()
+    )
+
+
+def leaves_the_true_label(e: Evidence) -> Verdict:
+    """Attacks given must move away from the true label: wrong images stay wrong, and right ones come nearer to wrong.
+
+    The second is judged where our own PGD, which gets the true labels, comes nearer: else the gradient is at fault.
+    """
+    verdicts = [_true_label(e, e.runs[name]) for name in e.given if not e.runs[name].error]
+    return worst(verdicts) if verdicts else Verdict("PASS", 0.0, "all attacks got the labels of the data")
+
+
+def _true_label(e: Evidence, run: Run) -> Verdict:
+    wrong, righted = int((~e.right & run.tried).sum()), int(run.righted.sum())
+    told = f"{run.name} rights {righted} of {wrong} images that are wrong when clean"
+    if wrong and exceeds(righted, wrong, RIGHTED):
+        return Verdict("FAIL", righted / wrong, told, images(e, run.righted))
+    ours = e.runs["pgd"]
+    if not ours.error and paired_p(*wins(ours.margin, e.margin)) <= SIGNIFICANCE:
+        closer, away = wins(run.margin, e.margin)
+        told += f"; it brings {closer} images nearer to an error and {away} farther from one"
+        if paired_p(away, closer) <= SIGNIFICANCE:
+            return Verdict("FAIL", away / max(1, closer + away), told)
+    return Verdict("PASS", righted / max(1, wrong), told)
+
+
+def can_reach(e: Evidence) -> Verdict:
+    """Steps that together are shorter than eps cannot reach the border of the ball."""
+    ways: dict[str, float] = {}
+    for name in ("pgd", *e.given):
+        way = _way(e.runs[name].settings)
+        if way is not None:
+            ways[name] = way
+    name, way = min(ways.items(), key=lambda item: item[1])
+    told = f"steps * step_size is {way:.2f} * eps in {name}"
+    return Verdict("FAIL" if way < 1 - 1e-6 else "PASS", way, told)
+
+
+def _way(settings: Mapping[str, object]) -> float | None:
+    steps, size, eps = (settings.get(name) for name in ("steps", "step_size", "eps"))
+    if not isinstance(steps, int) or not isinstance(size, float | int) or not isinstance(eps, float | int) or not eps:
+        return None  # an attack's own default, which reaches the border
+    return steps * size / eps
+
+
+def one_step_no_better(e: Evidence) -> Verdict:
+    """FGSM, and one step from a random point, must not break more than many steps; nor may many than all attacks together."""
+    fgsm, one, many = run_of(e, "fgsm", "one step", "pgd")
+    return worst([not_stronger(e, fgsm, many), not_stronger(e, one, many)])
+
+
+def union_adds_little(e: Evidence) -> Verdict:
+    """PGD alone must be near the union over all attacks, which is the claim; beyond a point, quote only the union."""
+    [pgd] = run_of(e, "pgd")
+    missed = e.right & ~e.standing & ~pgd.broken
+    value = int(missed.sum()) / len(e.data)
+    told = f"pgd misses {int(missed.sum())} images that other attacks break"
+    return Verdict("WARN" if value > POINT else "PASS", value, told, images(e, missed))
+
+
+def twice_the_steps(e: Evidence) -> Verdict:
+    """Doubling the steps must change less than a point."""
+    once, twice = run_of(e, "pgd", "pgd, twice the steps")
+    return not_stronger(e, twice, once)
+
+
+def losses_agree(e: Evidence) -> Verdict:
+    """The margin, whose gradient no factor on the logits changes in sign, and cross-entropy must agree."""
+    entropy, margin = run_of(e, "pgd", "pgd, margin")
+    found = [not_stronger(e, margin, entropy, margin=LOSSES), not_stronger(e, entropy, margin, margin=LOSSES)]
+    return worst(found)
+
+
+def better_than_noise(e: Evidence) -> Verdict:
+    """PGD must come nearer to an error than ten draws of noise, image by image, by the sign test on margins."""
+    pgd, noise = run_of(e, "pgd", "random noise")
+    ahead, behind = wins(pgd.margin, noise.margin)
+    told = f"pgd comes nearer to an error than random noise on {ahead} images, noise on {behind}"
+    if paired_p(ahead, behind) <= SIGNIFICANCE or (ahead >= behind and bool(pgd.broken[e.right].all())):
+        return Verdict("PASS", ahead / max(1, ahead + behind), told)
+    return Verdict("FAIL" if ahead <= behind else "WARN", ahead / max(1, ahead + behind), told)
+
+
+def square_no_better(e: Evidence) -> Verdict:
+    """See `_exceptions`."""
+    return _exceptions(e, "square")
+
+
+def transfer_no_better(e: Evidence) -> Verdict:
+    """See `_exceptions`."""
+    return _exceptions(e, "transfer")
+
+
+def _exceptions(e: Evidence, name: str) -> Verdict:
+    """Images that an attack with less knowledge breaks and no white-box attack does: more than one in a hundred, by a test."""
+    [run] = run_of(e, name)
+    alone = int(run.broken.sum())
+    told = f"{name} breaks {alone} of the {int(run.tried.sum())} images that every white-box attack has left"
+    status = "FAIL" if exceeds(alone, len(e.data), POINT) else "WARN" if alone else "PASS"
+    return Verdict(status, alone / len(e.data), told, images(e, run.broken))
+
+
+def sweep_is_monotone(e: Evidence) -> Verdict:
+    """A larger budget must not break fewer images."""
+    [base] = run_of(e, "pgd")
+    runs = [run for _, run in sorted({**e.sweep, e.settings.threat.eps: base}.items())]
+    return worst([not_stronger(e, small, large) for small, large in pairwise(runs)])
+
+
+def far_reaches_chance(e: Evidence) -> Verdict:
+    """At a budget that makes every image grey, no network can be right more often than the commonest class is there."""
+    [base] = run_of(e, "pgd")
+    run = usable(e.sweep.get(e.settings.far, base))
+    left, n = int((e.right & ~run.broken).sum()), len(e.data)
+    level = max(1 / len(e.data.classes), max(e.data.per_class()) / n)
+    told = f"{left} of {n} images stay right at eps={e.settings.far:.4g}; chance is {100 * level:.1f} %"
+    status = "PASS" if left <= level * n else "FAIL" if level < 1 and exceeds(left, n, level) else "WARN"
+    return Verdict(status, left / n, told)
+
+
+def _tried(e: Evidence) -> list[Run]:
+    runs = [run for run in e.runs.values() if not run.error and bool(run.tried.any())]
+    if not runs:
+        raise Skip("no attack could run")
+    return runs
