@@ -3,11 +3,13 @@
 * ``docs/methods.md``: every method with its settings, from ``methods.py``.
 * The README's results table, from ``results/norm-pruning/cells.csv``.
 * The findings in ``docs/threat-model.md``, from ``intake/findings.py``.
+* The checks in ``docs/robustness.md``, from ``measure/sanity/table.py``.
 """
 
 from __future__ import annotations
 
 import csv
+import inspect
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 from secateur import methods
 from secateur.bench.stats import summary
 from secateur.intake.findings import RULES
+from secateur.measure.sanity import RULES as CHECKS
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "results" / "norm-pruning" / "cells.csv"
@@ -83,6 +86,15 @@ def findings() -> str:
     return "\n".join(f"### {name}\n\n**{rule.severity}.** {rule.title}: {rule.remedy}.\n" for name, rule in RULES.items())
 
 
+def checks() -> str:
+    """Return every check of a robustness figure: what it asks, what a failure means, what to do."""
+    parts = []
+    for rule in CHECKS:
+        asked = inspect.cleandoc(rule.judge.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+        parts.append(f"### {rule.id} {rule.name}\n\n{asked} **A failure means:** {rule.means}. **Then** {rule.remedy}.\n")
+    return "\n".join(parts)
+
+
 def filled(path: Path, part: str) -> str:
     """Return a page with its generated part made anew."""
     before, _, rest = path.read_text("utf-8").partition(START)
@@ -92,11 +104,12 @@ def filled(path: Path, part: str) -> str:
 
 def main() -> int:
     """Write, or compare and return 1 when something is stale."""
-    threats = ROOT / "docs" / "threat-model.md"
+    threats, robustness = ROOT / "docs" / "threat-model.md", ROOT / "docs" / "robustness.md"
     wanted = {
         ROOT / "docs" / "methods.md": methods_page(),
         ROOT / "README.md": filled(ROOT / "README.md", results_table()),
         threats: filled(threats, findings()),
+        robustness: filled(robustness, checks()),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
     if "--check" in sys.argv:

@@ -1,4 +1,4 @@
-"""Numbers with intervals: accuracy, attack success, robustness and whether to believe it, cost; attacks and edits from inside."""
+"""Numbers with intervals: accuracy, attack success, robustness and whether to believe it, cost; and what edits do inside."""
 
 from .accuracy import Evaluation, correct, evaluate, predict
 from .adversarial import Bound, Crafted, ThreatModel, bind, craft

@@ -10,16 +10,19 @@ from .gather import FORWARDS, STEP
 from .judging import Skip, exceeds, images, percent, standing
 from .values import Verdict
 
-SAME = 1e-6  # largest difference of logits, relative to the largest, that the order of additions may make
-TOGETHER = 1e-4  # the same where batches differ in size, and so the kernels that compute them
-ZERO_SHARE = 0.05  # a few images may sit where no unit is active; a network that hides its gradient has them by the dozen
-APART = 0.5  # relative; kinks and curvature make a sixteenth of a grey level differ by a few percent, standing
-APART_WARN, APART_FAIL = 0.1, 0.5  # shares of images
-SHARED_FAIL = 0.01  # public test sets share a few images with their training sets
+SAME = 1e-6
+TOGETHER = 1e-4
+ZERO_SHARE = 0.05
+APART = 0.5
+APART_WARN, APART_FAIL = 0.1, 0.5
+SHARED_FAIL = 0.01
 
 
 def same_answers(e: Evidence) -> Verdict:
-    """Forwards repeated must agree; where draws are averaged on purpose (`eot`) they need not."""
+    """Five forwards must agree; FAIL beyond 1e-6 of the largest logit, which is more than the order of additions makes.
+
+    Where draws are averaged on purpose (`eot`) it is a warning.
+    """
     told = f"logits of {FORWARDS} forwards differ by {e.spread:.2g} of the largest"
     if e.spread == 0:
         return Verdict("PASS", 0.0, f"{FORWARDS} forwards gave identical logits")
@@ -27,7 +30,7 @@ def same_answers(e: Evidence) -> Verdict:
 
 
 def eval_mode(e: Evidence) -> Verdict:
-    """Modules in training mode: dropout draws, and batch norm answers by the batch and learns the attacked images."""
+    """No module may come in training mode: dropout draws, batch norm answers by the batch and learns the attacked images."""
     told = "the network came in eval mode" if not e.training else f"{e.training} modules came in training mode"
     return Verdict("FAIL" if e.training else "PASS", float(e.training), told)
 
@@ -40,7 +43,7 @@ def finite(e: Evidence) -> Verdict:
 
 
 def not_probabilities(e: Evidence) -> Verdict:
-    """Rows that lie in [0, 1] and sum to 1 are probabilities, whose cross-entropy applies softmax twice."""
+    """Answers must not all lie in [0, 1] and sum to 1: the cross-entropy of probabilities applies softmax twice."""
     rows = e.logits[e.logits.isfinite().all(dim=1)]
     shares = (rows >= 0).all(dim=1) & ((rows.sum(dim=1) - 1).abs() < 1e-4)
     value = percent(shares)
@@ -49,7 +52,10 @@ def not_probabilities(e: Evidence) -> Verdict:
 
 
 def alone_as_together(e: Evidence) -> Verdict:
-    """An image's answer must not depend on the others in its batch."""
+    """An image's answer must not depend on the others in its batch; FAIL beyond 1e-4 of the largest logit.
+
+    Other kernels serve other batch sizes, so small differences are no fault.
+    """
     if e.spread > SAME:
         raise Skip("answers differ anyway")
     told = f"logits of images alone and in a batch differ by {e.together:.2g} of the largest"
@@ -57,7 +63,10 @@ def alone_as_together(e: Evidence) -> Verdict:
 
 
 def better_than_chance(e: Evidence) -> Verdict:
-    """A network that answers by chance has nothing to be robust: wrong labels, or the normalisation of another data set."""
+    """Clean answers must be better than chance, by a binomial test; FAIL where they are not even so in count.
+
+    A network that answers by chance has nothing to be robust: wrong labels, or the normalisation of another data set.
+    """
     hits, n, level = int(e.right.sum()), len(e.right), 1 / len(e.data.classes)
     told = f"{hits} of {n} clean images answered rightly; chance is {100 * level:.1f} %"
     if exceeds(hits, n, level):
@@ -66,17 +75,19 @@ def better_than_chance(e: Evidence) -> Verdict:
 
 
 def gradient_under_cross_entropy(e: Evidence) -> Verdict:
-    """See `_gradient`."""
+    """Cross-entropy must have a gradient; FAIL where it is 0, missing or not finite on more than 5 % of the images.
+
+    A few images may sit where no unit is active; a network that hides its gradient has them by the dozen.
+    """
     return _gradient(e, "cross-entropy")
 
 
 def gradient_under_margin(e: Evidence) -> Verdict:
-    """See `_gradient`."""
+    """The margin must have a gradient; FAIL where it is 0, missing or not finite on more than 5 % of the images."""
     return _gradient(e, "margin")
 
 
 def _gradient(e: Evidence, loss: Loss) -> Verdict:
-    """Share of images on which a gradient attack has nothing to follow."""
     slopes = e.slopes[loss]
     value, count = percent(slopes.unusable), int(slopes.unusable.sum())
     how = "no gradient comes back" if slopes.missing else "the gradient is 0 or not finite"
@@ -86,9 +97,10 @@ def _gradient(e: Evidence, loss: Loss) -> Verdict:
 
 
 def gradient_is_the_slope(e: Evidence) -> Verdict:
-    """The loss must rise along the gradient as the gradient says, within a half.
+    """The margin must rise along the gradient as the gradient says; WARN if half off on 10 % of the images, FAIL on 50 %.
 
-    With a twin the gradient is an approximation by design: then this is at most a warning.
+    Kinks and curvature make a few percent within a sixteenth of a grey level. With a twin the gradient is an approximation by
+    design: then this is at most a warning.
     """
     slopes = e.slopes["margin"]
     largest = torch.maximum(slopes.rises.abs(), slopes.measured.abs())
@@ -103,7 +115,7 @@ def gradient_is_the_slope(e: Evidence) -> Verdict:
 
 
 def unseen(e: Evidence) -> Verdict:
-    """Images that the network was trained on make it look robust; only pixel for pixel copies are found."""
+    """No image may stand, pixel for pixel, among the training images; FAIL beyond 1 %, because public test sets share a few."""
     if e.shared is None:
         return Verdict("SKIPPED", None, "cannot be known without the training images")
     value = e.shared / len(e.data)
@@ -112,7 +124,7 @@ def unseen(e: Evidence) -> Verdict:
 
 
 def enough(e: Evidence) -> Verdict:
-    """An interval wider than 20 points cannot tell a robust network from another."""
+    """The interval of what is left must be narrower than 20 points, else WARN; FAIL below ten images."""
     rate = standing(e)
     width = rate.high - rate.low
     told = f"{rate.n} images; what is left has an interval of {100 * width:.1f} points; {e.settings.threat}"
