@@ -206,7 +206,7 @@ TABLE: tuple[Method, ...] = (
     ),
     Method("repair", "npd", "secateur.repair.npd:npd", 1, "NeurIPS 2023, arXiv:2306.16697", {"epochs": 1}),
     Method(
-        "repair", "onp", "secateur.repair.onp.onp:onp", 6, "arXiv:2405.17746",
+        "repair", "onp", "secateur.repair.onp.onp:onp", 7, "arXiv:2405.17746",
         {"proxies": "unlearned", "games": 8, "images": 64, "epochs": 1}, files=frozenset({"policy"}),
     ),
     Method(

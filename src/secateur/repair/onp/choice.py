@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TOGETHER = 8  # neurons of the ranking that are tried at once, at most
 PATIENCE = 16  # neurons of the ranking, one after the other, that cost too much before the rest is left alone
+SURE = 1.645  # standard errors: 5 % on one side
 LISTED = 32  # cuts that are judged in the end, at most
 
 
@@ -30,7 +31,9 @@ def choose(
 
     Candidates are the ends of all games, and those of a `walk` along the neurons in the order of how likely each is cut (those
     that are as likely as each other in random order). Of those that are affordable on the images of the game, `LISTED` are
-    judged on images that nothing was learned from, the best first, until one is affordable there too; otherwise nothing is cut.
+    judged on images that nothing was learned from, the best first, until one is there that does not cost significantly more
+    than is allowed; otherwise nothing is cut. (A walk goes up to the tolerance, so half of what it finds would cost a little
+    more elsewhere.)
 
     Returns:
         The cuts that were judged; the one that is taken, and what of each layer it keeps, bool ``(size,)``.
@@ -49,9 +52,22 @@ def choose(
         mask = mask_of(model, env.layers, keeps, env.edit)
         right = evaluator.correct(masked_values(model, mask))
         path.append(Candidate(standing.cut, sum(removed(mask).values()), mask, wilson(int(right.sum()), len(right))))
-        if int(before.sum()) - int(right.sum()) <= env.drop * len(right) + 1e-9:
+        if not costs_more(before, right, env.drop):
             return tuple(path), mask, keeps
     raise AssertionError("to cut nothing loses nothing")
+
+
+def costs_more(before: Tensor, after: Tensor, drop: float) -> bool:
+    """Return whether accuracy has fallen by significantly more than ``drop`` (paired one-sided z-test at 5 %).
+
+    Args:
+        before: Which images were answered rightly, bool ``(n,)``.
+        after: Which of the same images are now.
+        drop: What it may fall by, in [0, 1].
+    """
+    change = before.double() - after.double()
+    error = change.std(correction=0) / len(change) ** 0.5
+    return float(change.mean()) - drop > SURE * float(error) + 1e-9
 
 
 def walk(env: Pruning, order: Tensor) -> list[tuple[Tensor, ...]]:

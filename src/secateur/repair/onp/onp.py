@@ -65,9 +65,8 @@ def onp(
     backdoor and by how many neurons it cuts, less what it costs in accuracy beyond ``drop``, at a price that follows from what
     earlier games lost (a Lagrange multiplier). The policy learns by PPO. In the end the neurons are ranked by how likely it
     cuts them, and go in this order, each unless accuracy then falls by more than ``drop``. Of the cuts on this way and the ends
-    of all games, the one is taken that is worth most of those that cost at most ``drop``, on images of the game and on images
-    kept for this. Up to 32 cuts are looked at on the images kept, the best first: one that costs somewhat more may pass by
-    chance, the likelier the fewer images there are.
+    of all games, the one is taken that is worth most of those that cost at most ``drop`` on images of the game, and not
+    significantly more on images kept for this (one-sided, 5 %). Up to 32 cuts are looked at there, the best first.
 
     Args:
         model: Takes images in [0, 1]; not changed.
