@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,18 @@ def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
         return tuple(float(top) / float(bottom or 1) for top, _, bottom in parts)
     except (ValueError, ZeroDivisionError) as error:
         raise MethodError(f"--{name} must be numbers separated by commas, got '{text}'") from error
+
+
+def budget(flag: str, text: str) -> float:
+    """Read a number above 0, ``0.03`` or ``8/255``."""
+    top, slash, bottom = text.partition("/")
+    try:
+        value = float(top) / float(bottom) if slash else float(top)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise MethodError(f"{flag} must be a number above 0, like 8/255 or 0.03, got '{text}'")
+    return value
 
 
 def class_names(text: str | None) -> tuple[str, ...] | None:

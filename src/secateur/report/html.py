@@ -13,15 +13,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import svg
+from . import svg, sweep
 from .neurons import views
-from .sections import COUNTS, Bar, Span, learned_label, learned_names, method_line, sections, shorten
-from .wording import clip, headline, plain
+from .parts import Bar, Span
+from .sections import COUNTS, headline, learned_label, learned_names, method_line, sections, shorten
+from .wording import clip, plain
 
 MAX_BYTES = 2_000_000
 MAX_PICTURE = 600_000
 MAX_POINTS = 300
-SORTABLE = frozenset({"checks", "findings", "compared", "path", "layers"})
+SORTABLE = frozenset({"checks", "passed", "findings", "compared", "path", "layers"})
 LIMITS = ({"rows": 1000, "length": 1000}, {"rows": 10, "length": 100})
 PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+=*")
 
@@ -46,7 +47,7 @@ def _page(result: Mapping[str, Any], limits: Mapping[str, int]) -> str:
         sections=[shorten(section, **limits) for section in sections(result)],
         compares=bool(result["before"] and result["after"]),
         sortable=SORTABLE,
-        curve=_curve(result["details"]),
+        drawn={name: drawing for name, drawing in _drawn(result["details"]) if drawing is not None},
         charts=_charts(result["details"].get("history", ())),
         graphs=[(view.caption, svg.neurons(view)) for view in views(result["details"].get("graphs", ()))],
         pictures=_pictures(result["details"].get("trigger")),
@@ -91,10 +92,20 @@ def _typeset(text: str) -> str:
     return re.sub(r"(?<=\d) (?=%)|(?<=,) (?=[\d.]+\])", "\N{NO-BREAK SPACE}", text)
 
 
+def _drawn(details: Mapping[str, Any]) -> tuple[tuple[str, Markup | None], ...]:
+    """Return the drawings that stand for a section's table."""
+    return ("path", _curve(details)), ("sweep", _sweep(details.get("robustness", {})))
+
+
 def _curve(details: Mapping[str, Any]) -> Markup | None:
     path = details.get("path", ())
     removed = sum(layer["removed"] for layer in details.get("layers", ()))
     return svg.curve(path, removed) if len(path) > 1 else None
+
+
+def _sweep(measured: Mapping[str, Any]) -> Markup | None:
+    points = measured.get("curve", {}).get("points", ())
+    return sweep.sweep(points, measured["threat"]) if len(points) > 1 and "error" not in measured["curve"] else None
 
 
 def _charts(history: Sequence[Mapping[str, float]]) -> list[tuple[str, Markup]]:

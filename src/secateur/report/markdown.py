@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .sections import Section, Table, method_line, sections
-from .wording import headline, plain
+from .parts import Section, Table
+from .sections import headline, method_line, sections
+from .wording import plain
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:

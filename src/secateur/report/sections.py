@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-from . import wording
-from .wording import Rate, clip, number, plain, rate, setting
-
-Record = Mapping[str, Any]
+from . import robustness, wording
+from .parts import Bar, Cell, Record, Section, Span, Table, number_cell, rate_cell, text_cell
+from .wording import Rate, clip, number, plain, setting
 
 RATES = {
     "accuracy": "Accuracy",
@@ -30,79 +28,15 @@ COUNTS = ("evaluations", "games")
 MAX_LEARNED = 16
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a table: its text, the exact value where the text rounds it, and what to sort by."""
-
-    text: str
-    exact: str = ""
-    key: float | None = None
-
-
-@dataclass(frozen=True)
-class Bar:
-    """The share of a layer that was removed, to be drawn."""
-
-    share: float
-
-
-@dataclass(frozen=True)
-class Span:
-    """A rate before and after, to be drawn with its intervals."""
-
-    before: Rate | None
-    after: Rate | None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells under a head.
-
-    Attributes:
-        head: One title per column.
-        rows: The first cell of each names the row.
-        caption: What the table shows, where a section has several.
-        figures: One drawing per row, for renderings that draw; or none.
-        figure: Title of that column.
-    """
-
-    head: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    caption: str = ""
-    figures: tuple[Bar | Span | None, ...] = ()
-    figure: str = ""
-
-    def numeric(self, column: int) -> bool:
-        """Return whether a column holds numbers."""
-        return any(row[column].key is not None for row in self.rows)
-
-
-@dataclass(frozen=True)
-class Section:
-    """A titled part of a report.
-
-    Attributes:
-        id: Stable name.
-        title: Its heading.
-        lines: Sentences.
-        tables: Below the sentences.
-        code: What to type, verbatim.
-    """
-
-    id: str
-    title: str
-    lines: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    code: str = ""
-
-
 def sections(result: Record) -> tuple[Section, ...]:
     """Return the sections of a record in reading order, without those that would be empty."""
     details = result["details"]
+    measured, ids = details.get("robustness"), {check["id"] for check in result["checks"] if check["status"] == "finding"}
     parts = (
-        _checks(result["checks"]),
-        _findings(result["findings"]),
+        robustness.against(result["checks"]) if measured else _checks(result["checks"]),
+        _findings([finding for finding in result["findings"] if not (measured and finding["rule"] in ids)]),
         _outcome(result["before"], result["after"]),
+        *(robustness.sections(measured) if measured else ()),
         _compared(result["before"], details.get("compared", ())),
         _learning(details.get("history", ())),
         _path(details.get("path", ())),
@@ -111,10 +45,16 @@ def sections(result: Record) -> tuple[Section, ...]:
         _trigger(details.get("trigger")),
         Section("notes", "Notes", tuple(map(plain, details.get("notes", ())))),
         _limits(result["limitations"]),
+        *([robustness.passed(result["checks"])] if measured else []),
         _reproduce(result),
     )
     tidy = (replace(part, tables=tuple(_tidy(table) for table in part.tables if table.rows)) for part in parts)
     return tuple(part for part in tidy if part.lines or part.code or part.tables)
+
+
+def headline(result: Record) -> str:
+    """Return the sentence on top: the verdict, if there is one, and the figures that matter."""
+    return robustness.headline(result) if "robustness" in result["details"] else wording.headline(result)
 
 
 def _tidy(table: Table) -> Table:
@@ -151,33 +91,21 @@ def _shorten_table(table: Table, rows: int, length: int) -> Table:
     return replace(table, rows=tuple(short), figures=table.figures[:rows])
 
 
-def _text(text: str) -> Cell:
-    return Cell(plain(text))
-
-
-def _number(value: float | None) -> Cell:
-    return Cell(wording.NOT_MEASURED) if value is None else Cell(number(value), key=value)
-
-
-def _rate(value: Rate | None) -> Cell:
-    return Cell(rate(value), "" if value is None else f"n = {value['n']:,}", None if value is None else value["value"])
-
-
 def _size(value: float | None) -> Cell:
-    return _number(None) if value is None else Cell(wording.human(value, "B"), f"{value:,} bytes", value)
+    return number_cell(None) if value is None else Cell(wording.human(value, "B"), f"{value:,} bytes", value)
 
 
 def _work(value: float | None) -> Cell:
-    return _number(None) if value is None else Cell(wording.human(value), f"{value:,} for one image", value)
+    return number_cell(None) if value is None else Cell(wording.human(value), f"{value:,} for one image", value)
 
 
 def _latency(value: float | None) -> Cell:
-    return _number(None) if value is None else Cell(f"{value:.3g} ms", key=value)
+    return number_cell(None) if value is None else Cell(f"{value:.3g} ms", key=value)
 
 
 COSTS: Mapping[str, tuple[str, Callable[[float | None], Cell]]] = {
-    "parameters": ("Parameters", _number),
-    "nonzero": ("Non-zero parameters", _number),
+    "parameters": ("Parameters", number_cell),
+    "nonzero": ("Non-zero parameters", number_cell),
     "size_bytes": ("Size", _size),
     "macs": ("Multiply-accumulates", _work),
     "latency_ms": ("Time per image", _latency),
@@ -185,15 +113,17 @@ COSTS: Mapping[str, tuple[str, Callable[[float | None], Cell]]] = {
 
 
 def _pairs(pairs: Mapping[str, str], head: tuple[str, str], caption: str) -> Table:
-    return Table(head, tuple((_text(name), Cell(value)) for name, value in pairs.items()), caption)
+    return Table(head, tuple((text_cell(name), Cell(value)) for name, value in pairs.items()), caption)
 
 
 def _outcome(before: Record, after: Record) -> Section:
     if not before and not after:
         return Section("outcome", "What was measured")
     before, after = (before, after) if after else ({}, before)
-    rows = [_rate_row(label, before.get(name), after.get(name)) for name, label in RATES.items()]
-    figures: list[Span | None] = [_span(before.get(name), after.get(name)) for name in RATES]
+    attacked = not before and after["adversarial_accuracy"] is not None
+    labels = {name: label for name, label in RATES.items() if not attacked or after.get(name)}
+    rows = [_rate_row(label, before.get(name), after.get(name)) for name, label in labels.items()]
+    figures: list[Span | None] = [_span(before.get(name), after.get(name)) for name in labels]
     rows += [_cost_row(label, before, after, name, show) for name, (label, show) in COSTS.items()]
     figures += [None] * len(COSTS)
     table = Table(("Measure", "Before", "After", "Change", "n"), tuple(rows), "", tuple(figures), "0 to 100 %")
@@ -211,7 +141,7 @@ def _rate_row(label: str, before: Rate | None, after: Rate | None) -> tuple[Cell
     counted = sorted({value["n"] for value in (before, after) if value is not None})
     n = Cell(" / ".join(f"{n:,}" for n in counted), key=max(counted, default=0))
     change = None if before is None or after is None else after["value"] - before["value"]
-    return (Cell(label), _rate(before), _rate(after), Cell(wording.points(before, after), key=change), n)
+    return (Cell(label), rate_cell(before), rate_cell(after), Cell(wording.points(before, after), key=change), n)
 
 
 def _cost_row(label: str, before: Record, after: Record, name: str, show: Callable[[float | None], Cell]) -> tuple[Cell, ...]:
@@ -223,11 +153,11 @@ def _checks(checks: Sequence[Record]) -> Section:
     head = ("Check", "Status", "What it says", "Numbers", "Seconds")
     rows = tuple(
         (
-            _text(check["id"]),
+            text_cell(check["id"]),
             Cell(check["status"]),
-            _text(check["why"]),
+            text_cell(check["why"]),
             Cell(", ".join(f"{plain(name)} {number(value)}" for name, value in check["metrics"].items())),
-            _number(round(check["seconds"], 2)),
+            number_cell(round(check["seconds"], 2)),
         )
         for check in checks
     )
@@ -235,14 +165,15 @@ def _checks(checks: Sequence[Record]) -> Section:
 
 
 def _findings(findings: Sequence[Record]) -> Section:
-    rows = tuple((_text(f["rule"]), Cell(f["severity"]), _text(f["message"]), _text(f["where"])) for f in findings)
+    rows = tuple((text_cell(f["rule"]), Cell(f["severity"]), text_cell(f["message"]), text_cell(f["where"])) for f in findings)
     return Section("findings", "Findings", tables=(Table(("Rule", "Severity", "Message", "Where"), rows),))
 
 
 def _compared(before: Record, compared: Sequence[Record]) -> Section:
     head = ("Repair", "Accuracy", "Attack success", "Parameters", "Seconds", "Note")
     rows = [
-        (*_compared_cells(row["name"], row["after"]), _number(round(row["seconds"], 1)), _text(row["note"])) for row in compared
+        (*_compared_cells(row["name"], row["after"]), number_cell(round(row["seconds"], 1)), text_cell(row["note"]))
+        for row in compared
     ]
     if rows and before:
         rows.insert(0, (*_compared_cells("before repair", before), Cell(""), Cell("")))
@@ -250,7 +181,12 @@ def _compared(before: Record, compared: Sequence[Record]) -> Section:
 
 
 def _compared_cells(name: str, measured: Record) -> tuple[Cell, ...]:
-    return (_text(name), _rate(measured["accuracy"]), _rate(measured["attack_success"]), _number(measured["parameters"]))
+    return (
+        text_cell(name),
+        rate_cell(measured["accuracy"]),
+        rate_cell(measured["attack_success"]),
+        number_cell(measured["parameters"]),
+    )
 
 
 def _path(path: Sequence[Record]) -> Section:
@@ -258,9 +194,9 @@ def _path(path: Sequence[Record]) -> Section:
     rows = tuple(
         (
             Cell(wording.percent(step["amount"]), key=step["amount"]),
-            _number(step["removed"]),
-            _rate(step["holdout"]),
-            _number(step["holdout"]["n"]),
+            number_cell(step["removed"]),
+            rate_cell(step["holdout"]),
+            number_cell(step["holdout"]["n"]),
         )
         for step in path
     )
@@ -301,8 +237,8 @@ def _neurons(graphs: Sequence[Record]) -> Section:
     rows = tuple(
         (
             Cell(wording.places(graph["sites"]), plain(", ".join(graph["sites"])) if len(graph["sites"]) > 4 else ""),
-            _number(count),
-            _number(graph["size"]),
+            number_cell(count),
+            number_cell(graph["size"]),
             Cell(wording.percent(share), key=share),
         )
         for graph, count, share in zip(graphs, counts, shares, strict=True)
@@ -318,9 +254,9 @@ def _layers(layers: Sequence[Record]) -> Section:
     shares = [min(layer["removed"] / layer["total"], 1.0) if layer["total"] else 0.0 for layer in layers]
     rows = tuple(
         (
-            _text(layer["name"]),
-            _number(layer["removed"]),
-            _number(layer["total"]),
+            text_cell(layer["name"]),
+            number_cell(layer["removed"]),
+            number_cell(layer["total"]),
             Cell(wording.percent(share), key=share),
         )
         for layer, share in zip(layers, shares, strict=True)
@@ -374,11 +310,11 @@ def _reproduce(result: Record) -> Section:
 def _data(data: Mapping[str, Record]) -> Table:
     rows = tuple(
         (
-            _text(role),
-            _text(images["name"]),
-            _number(images["n"]),
+            text_cell(role),
+            text_cell(images["name"]),
+            number_cell(images["n"]),
             Cell(wording.per_class(images["per_class"])),
-            _text(images["sha256"]),
+            text_cell(images["sha256"]),
         )
         for role, images in data.items()
     )
@@ -387,7 +323,7 @@ def _data(data: Mapping[str, Record]) -> Table:
 
 def _inputs(inputs: Sequence[Record]) -> Table:
     rows = tuple(
-        (_text(entry["path"]), Cell("; ".join(f"{plain(k)}: {setting(v)}" for k, v in entry.items() if k != "path")))
+        (text_cell(entry["path"]), Cell("; ".join(f"{plain(k)}: {setting(v)}" for k, v in entry.items() if k != "path")))
         for entry in inputs
     )
     return Table(("File", "What is known of it"), rows, "Files read")

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from .neurons import View
-from .sections import Bar, Span
+from .parts import Bar, Span
 from .wording import SHARES, clip, human, learned, percent, rate
 
 WIDTH, HEIGHT = 640, 300
@@ -30,7 +30,8 @@ def tag(name: str, *children: str, **attributes: Any) -> Markup:
     return Markup("<{0}{1}>{2}</{0}>").format(name, Markup("").join(pairs), Markup("").join(children))
 
 
-def _picture(title: str, *children: str, **attributes: Any) -> Markup:
+def picture(title: str, *children: str, **attributes: Any) -> Markup:
+    """Return a drawing with its title."""
     return tag("svg", tag("title", title), *children, role="img", aria_label=title, **attributes)
 
 
@@ -40,7 +41,7 @@ def bar(drawn: Bar) -> Markup:
     whole = tag("rect", x=0, width=100, class_="rest", **size)
     cut = tag("rect", x=0, width=100 * drawn.share, class_="cut", **size)
     title = f"{percent(drawn.share)} removed"
-    return _picture(title, whole, cut, class_="bar", viewBox="0 0 100 8", preserveAspectRatio="none")
+    return picture(title, whole, cut, class_="bar", viewBox="0 0 100 8", preserveAspectRatio="none")
 
 
 def span(drawn: Span) -> Markup:
@@ -50,7 +51,7 @@ def span(drawn: Span) -> Markup:
     shown = [(value, name, y) for value, name, y in pairs if value is not None]
     marks = [mark for value, name, y in shown for mark in _interval(value, name, y)]
     title = "; ".join(f"{name} {rate(value)}" if len(shown) > 1 else rate(value) for value, name, _ in shown)
-    return _picture(title, scale, *marks, class_="span", viewBox="0 0 100 20", preserveAspectRatio="none")
+    return picture(title, scale, *marks, class_="span", viewBox="0 0 100 20", preserveAspectRatio="none")
 
 
 def _interval(value: Mapping[str, Any], name: str, y: float) -> tuple[Markup, Markup]:
@@ -134,15 +135,15 @@ def curve(path: Sequence[Mapping[str, Any]], removed: int) -> Markup:
     if ordered:
         band = [(a, y(r["high"])) for a, r in zip(across, rates, strict=True)]
         band += [(a, y(r["low"])) for a, r in reversed(list(zip(across, rates, strict=True)))]
-        drawn = [tag("polygon", points=_points(band), class_="band"), tag("polyline", points=_points(line), class_="line")]
+        drawn = [tag("polygon", points=joined(band), class_="band"), tag("polyline", points=joined(line), class_="line")]
     else:
         drawn = [
             tag("line", x1=a, x2=a, y1=y(r["low"]), y2=y(r["high"]), class_="range") for a, r in zip(across, rates, strict=True)
         ]
     dots = [_dot(point, step, removed) for point, step in zip(line, steps, strict=True)]
-    return _picture(
+    return picture(
         "Accuracy on the hold-out against the share cut, with 95 % intervals",
-        *_grid(x, y, "share cut"),
+        *grid(x, y, "share cut"),
         *drawn,
         *dots,
         class_="curve",
@@ -150,8 +151,9 @@ def curve(path: Sequence[Mapping[str, Any]], removed: int) -> Markup:
     )
 
 
-def _points(points: Sequence[Point]) -> str:
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+def joined(spots: Sequence[Point]) -> str:
+    """Return points as an attribute."""
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
 
 
 def _dot(at: Point, step: Mapping[str, Any], removed: int) -> Markup:
@@ -167,7 +169,8 @@ def _dot(at: Point, step: Mapping[str, Any], removed: int) -> Markup:
     return circle + label
 
 
-def _grid(x: Axis, y: Axis, label: str) -> list[Markup]:
+def grid(x: Axis, y: Axis, label: str) -> list[Markup]:
+    """Return both axes with their ticks and lines, and what goes along the horizontal one."""
     left, right, bottom = x.start, x.end, y.start
     marks = [tag("line", x1=left, x2=right, y1=y(v), y2=y(v), class_="grid") for v in y.ticks()]
     marks += [tag("text", y.label(v), x=left - 8, y=y(v) + 4, text_anchor="end") for v in y.ticks()]
@@ -195,10 +198,10 @@ def chart(points: Sequence[Point], name: str, title: str, along: tuple[str, str]
         tag("circle", tag("title", f"{learned(name, value)} at {learned(along[0], at)}"), cx=a, cy=b, r=2, class_="point")
         for (at, value), (a, b) in zip(points, line, strict=True)
     ]
-    return _picture(
+    return picture(
         clip(f"{title} against {along[1].lower()}", 200),
-        *_grid(x, y, clip(along[1].lower(), 40)),
-        tag("polyline", points=_points(line), class_="line"),
+        *grid(x, y, clip(along[1].lower(), 40)),
+        tag("polyline", points=joined(line), class_="line"),
         *(dots if len(dots) <= DOTS else ()),
         class_="chart",
         viewBox=f"0 0 {width} {height}",
@@ -235,7 +238,7 @@ def neurons(view: View) -> Markup:
     marks = [
         _neuron(node, spot, node in view.cut, size) for node, spot in sorted(spots.items(), key=lambda s: s[0] in view.cut)
     ]
-    return _picture(clip(f"Graph: {view.caption}", 400), *paths, *marks, class_="graph", viewBox=f"0 0 {SQUARE} {SQUARE}")
+    return picture(clip(f"Graph: {view.caption}", 400), *paths, *marks, class_="graph", viewBox=f"0 0 {SQUARE} {SQUARE}")
 
 
 def _neuron(number: int, at: Point, cut: bool, size: int) -> Markup:

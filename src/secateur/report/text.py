@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from .sections import Section, Table, method_line, sections, shorten
-from .wording import headline
+from .parts import Section, Table
+from .sections import headline, method_line, sections, shorten
 
 WIDTH = 100
 GAP = "  "
 WORD = 12
-LEFT_OUT = frozenset({"path", "trigger", "reproduce"})
+LEFT_OUT = frozenset({"path", "trigger", "reproduce", "passed"})
 ROWS = 40
 
 
@@ -40,6 +40,8 @@ def _wrap(text: str, first: str = "") -> list[str]:
 
 def _table(table: Table) -> Iterator[str]:
     numeric = [table.numeric(i) for i in range(len(table.head))]
+    if table.caption:
+        yield from ("", *_wrap(f"{table.caption}:"))
     rows = [table.head, *([cell.text for cell in row] for row in table.rows)]
     widths = _fit([max(map(len, column)) for column in zip(*rows, strict=True)], numeric)
     for row in rows:

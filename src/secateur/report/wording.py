@@ -11,6 +11,8 @@ VERDICTS = {
     "backdoor-evidence": "These checks found evidence of a backdoor.",
     "no-evidence-found": "These checks found no evidence of a backdoor.",
     "inconclusive": "Inconclusive: too little could be evaluated.",
+    "established": "These checks found nothing that speaks against the figures.",
+    "not-established": "Robustness not established.",
 }
 SHARES = frozenset({"rise", "sign", "cut"})  # of what a repair notes while it learns
 
@@ -108,6 +110,13 @@ def per_class(counts: Sequence[int]) -> str:
     if len(counts) <= 12:
         return ", ".join(f"{count:,}" for count in counts)
     return f"{len(counts)} classes, {min(counts):,} to {max(counts):,} each"
+
+
+def budget(threat: Mapping[str, Any]) -> str:
+    """Return ``linf eps 8/255``, or the number itself where that many grey levels take too many digits."""
+    levels = f"{255 * threat['eps']:.3g}"
+    short = threat["norm"] == "linf" and threat["eps"] and abs(255 * threat["eps"] - float(levels)) < 1e-6
+    return f"{threat['norm']} eps {levels}/255" if short else f"{threat['norm']} eps {threat['eps']:.4g}"
 
 
 def headline(result: Mapping[str, Any]) -> str:

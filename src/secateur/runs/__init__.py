@@ -3,13 +3,16 @@
 The command line is a thin face over these functions; each returns a typed record that ``report`` renders.
 """
 
+from .attacking import AttackRun, attack
 from .records import check_fit, environment, how_visible, picture, software, tool
 from .repairing import RepairRun, repair
 from .training import TrainRun, new_network, train
 
 __all__ = [
+    "AttackRun",
     "RepairRun",
     "TrainRun",
+    "attack",
     "check_fit",
     "environment",
     "how_visible",

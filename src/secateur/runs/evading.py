@@ -1,0 +1,113 @@
+"""Which evasion attacks a robustness figure is measured with, and what is noted of each while it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attack import mi_fgsm
+from ..attack.ball import Norm
+from ..errors import MethodError, ModelError, unknown
+from ..measure.adversarial import Bound, bind
+from ..methods import Method, get, parameters, settings
+
+# Two losses, because large logits blind cross-entropy, and Square, which needs no gradient. None drops broken images: points
+# that only just break one rarely survive as 8-bit files, and rates as stored would say nothing.
+DEFAULT: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("pgd", {"loss": "cross-entropy", "steps": 10, "restarts": 2}),
+    ("pgd", {"loss": "margin", "steps": 20}),
+    ("square", {"queries": 200}),
+)
+OURS = ("eps", "norm", "targeted")
+TRANSFER = "transfer (mi-fgsm)"
+
+
+@dataclass
+class Entry:
+    """One attack of the list, and what was noted of it.
+
+    Attributes:
+        name: What records call it.
+        bound: The attack with its settings, watched.
+        row: Its row in the table of methods; None of images made on the surrogate.
+        seconds: How long it ran, all its calls together.
+        error: Why it could not run; empty if it could.
+    """
+
+    name: str
+    bound: Bound
+    row: Method | None = None
+    seconds: float = field(default=0.0, compare=False)
+    error: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        self.bound = Bound(self._watched(self.bound.attack), self.bound.settings)
+
+    def _watched(self, attack: Any) -> Any:
+        """Return the attack, timed; where it gets no gradient it leaves the images alone, so that the others still run."""
+
+        @wraps(attack)
+        def run(model: nn.Module, x: Tensor, y: Tensor, **given: Any) -> Tensor:
+            start = time.perf_counter()
+            try:
+                return attack(model, x, y, **given)
+            except ModelError as problem:
+                self.error = str(problem)
+                return x
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return run
+
+
+def chosen(methods: Sequence[str], arguments: Mapping[str, Any], *, eps: float, norm: Norm) -> list[Entry]:
+    """Return the attacks named, or the default ones, with these settings at this budget.
+
+    Args:
+        methods: Names of evasion attacks; none for `DEFAULT`.
+        arguments: ``setting`` for every attack that has it, ``method.setting`` for one.
+        eps: Budget.
+        norm: Distance that it bounds.
+
+    Raises:
+        MethodError: Unknown method or setting, or one that is not an attack's own here.
+    """
+    rows = [(get("evasion", name), {}) for name in dict.fromkeys(methods)]
+    rows = rows or [(get("evasion", name), dict(given)) for name, given in DEFAULT]
+    _check_names(arguments, [row for row, _ in rows])
+    entries: dict[str, Entry] = {}
+    for row, given in rows:
+        own = {parameter.name for parameter in parameters(row)}
+        common = {name: value for name, value in arguments.items() if name in own}
+        special = {name.partition(".")[2]: value for name, value in arguments.items() if name.startswith(f"{row.name}.")}
+        full = settings(row, {**given, **common, **special, "eps": eps, "norm": norm})
+        name = f"{row.name} ({full['loss']})" if "loss" in full else row.name
+        entries[name] = Entry(name, bind(row.load(), **full), row)
+    return list(entries.values())
+
+
+def _check_names(arguments: Mapping[str, Any], rows: Sequence[Method]) -> None:
+    """Raise unless each argument is a setting of some attack and one that may differ between attacks."""
+    known = {parameter.name for row in rows for parameter in parameters(row)}
+    special = {f"{row.name}.{parameter.name}" for row in rows for parameter in parameters(row)}
+    for name in arguments:
+        if name.rpartition(".")[2] in OURS:
+            raise MethodError(f"'{name}' is the same for all attacks and no setting of one; give --eps and --norm (untargeted)")
+        if name not in known | special:
+            raise MethodError(unknown("setting of these attacks", name, (known | special) - {*OURS}))
+
+
+def across(surrogate: nn.Module, *, eps: float, norm: Norm) -> Entry:
+    """Return the attack that makes its images on another network."""
+
+    @wraps(mi_fgsm)
+    def made(model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, **given: Any) -> Tensor:
+        return mi_fgsm(surrogate, x, y, **given, generator=generator)
+
+    return Entry(TRANSFER, Bound(made, bind(mi_fgsm, eps=eps, norm=norm).settings))
