@@ -71,7 +71,9 @@ def test_only_the_command_line_prints(path):
     assert part(path) == "cli" or not called & {"print", "exit"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list", "repairs"], ["list", "backdoors", "--json"], ["repair", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["list", "repairs"], ["list", "backdoors", "--json"], ["repair", "--help"], ["attack", "--help"]]
+)
 def test_light_commands_do_not_import_torch(arguments):
     code = f"import sys; from secateur.cli import run; c = run({arguments!r}); sys.exit(c or 10 * ('torch' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0

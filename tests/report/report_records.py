@@ -231,7 +231,94 @@ def learned() -> dict[str, Any]:
     return changed
 
 
+def answers(right: float) -> dict[str, Any]:
+    return {
+        "clean_accuracy": rate(0.9132, 1000),
+        "remnant_accuracy": rate(right, 1000),
+        "prediction_change_rate": rate(0.95 - right, 1000),
+        "strict_attack_success": rate(1 - right / 0.9132, 913),
+    }
+
+
+def check(number: int, status: str, severity: str | None = None) -> dict[str, Any]:
+    made = {
+        "id": f"ADV-{number:03}",
+        "name": f"name of {number}",
+        "status": status,
+        "why": f"what check {number} found",
+        "means": f"what it means that {number} failed",
+        "remedy": f"what to do about {number}",
+        "metrics": {} if status == "skipped" else {"value": number / 100},
+        "images": [number, number + 1],
+        "seconds": 0.0,
+    }
+    return made if severity is None else {**made, "severity": severity}
+
+
+def attacked() -> dict[str, Any]:
+    """Return the record of a measurement of robustness with a surrogate, in which no check failed."""
+    changed = record()
+    names = {"pgd (cross-entropy)": 0.42, "square": 0.61, "transfer (mi-fgsm)": 0.78}
+    changed.update(kind="attack", after={}, verdict="established", findings=[])
+    changed["before"] = measured(0.9132, None, None, 175_290) | {"adversarial_accuracy": rate(0.417, 1000)}
+    changed["method"] = {"name": ", ".join(names), "version": 1, "args": {"eps": 8 / 255, "sweep": [0.01, 0.02]}, "seed": 0}
+    changed["checks"] = [check(1, "ok"), check(31, "finding", "medium"), check(40, "skipped")]
+    changed["findings"] = [{"rule": "ADV-031", "severity": "medium", "message": "name of 31: found", "where": "images 31, 32"}]
+    changed["details"] = {
+        "notes": ["a note"],
+        "robustness": {
+            "threat": {"eps": 8 / 255, "norm": "linf", "targeted": False, "knowledge": "white-box"},
+            "worst": {"returned": answers(0.417), "stored": answers(0.431)},
+            "attacks": [
+                {
+                    "name": name,
+                    "method": name.partition(" ")[0],
+                    "version": 1,
+                    "budget": f"{name.partition(' ')[0]}(eps=0.03137, steps=10)",
+                    "returned": answers(right),
+                    "stored": answers(right + 0.01),
+                    "refused": 0,
+                    "alone": 3 if name == "square" else 0,
+                    "alone_images": [5, 60, 700] if name == "square" else [],
+                    "seconds": 12.5,
+                }
+                for name, right in names.items()
+            ],
+            "checked": {"accuracy": rate(0.91, 200), "upper_bound": rate(0.405, 200), "budgets": {"pgd": "pgd(steps=10)"}},
+            "curve": {
+                "attacks": ["pgd (cross-entropy)", "pgd (margin)"],
+                "points": [{"eps": i / 255, "accuracy": rate(0.9 * 0.9**i, 200)} for i in (0, 2, 4, 8, 16, 32)],
+            },
+            "transfer": {
+                "budget": "mi_fgsm(eps=0.03137)",
+                "cells": [
+                    {"source": a, "target": b, "success": rate(0.99 if a == b else 0.31, 880)}
+                    for a in ("network", "surrogate")
+                    for b in ("network", "surrogate")
+                ],
+            },
+        },
+    }
+    return changed
+
+
+def not_established() -> dict[str, Any]:
+    """Return the record of a network whose gradient misleads: one attack could not run, another broke the rules."""
+    changed = attacked()
+    changed["verdict"] = "not-established"
+    changed["checks"] += [check(10, "finding", "high"), check(20, "finding", "high")]
+    changed["findings"].append({"rule": "ADV-010", "severity": "high", "message": "failed", "where": ""})
+    robust = changed["details"]["robustness"]
+    robust["attacks"][0]["error"] = "no gradient came back"
+    robust["attacks"][1]["refused"] = 7
+    robust["transfer"] = {"budget": "", "cells": [], "error": "no gradient came back"}
+    robust["curve"]["error"] = "no gradient came back"
+    return changed
+
+
 VARIANTS = {
+    "attack": attacked,
+    "attack, not established": not_established,
     "full": record,
     "without trigger": without_trigger,
     "bare": bare,
@@ -243,7 +330,7 @@ VARIANTS = {
 
 def fill(value: Any, text: str) -> Any:
     """Return a copy with every string and every free key replaced by ``text``, but for words from a closed set."""
-    closed = {"kind", "verdict", "status", "severity", "clean_png", "triggered_png"}
+    closed = {"kind", "verdict", "status", "severity", "clean_png", "triggered_png", "threat"}
     if isinstance(value, dict):
         return {k: copy.deepcopy(v) if k in closed and k != "kind" else fill(v, text) for k, v in value.items()}
     if isinstance(value, list):

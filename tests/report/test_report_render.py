@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_records import HOSTILE, VARIANTS, hostile, learned, png, rate, record, without_trigger
+from report_records import HOSTILE, VARIANTS, attacked, hostile, learned, not_established, png, rate, record, without_trigger
 
 from secateur.errors import MethodError
 from secateur.report import render, to_html, to_markdown, to_text
@@ -150,7 +150,7 @@ def test_headline_of_an_audit_starts_with_its_verdict() -> None:
     assert headline(VARIANTS["bare"]()) == "Inconclusive: too little could be evaluated."
 
 
-@pytest.mark.parametrize("made", [record, learned])
+@pytest.mark.parametrize("made", [record, learned, attacked, not_established])
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_strings_stay_text(text: str, made: Callable[[], dict[str, Any]]) -> None:
     source = to_html(hostile(text, made))
@@ -161,7 +161,7 @@ def test_hostile_strings_stay_text(text: str, made: Callable[[], dict[str, Any]]
     assert source.encode()
 
 
-@pytest.mark.parametrize("made", [record, learned])
+@pytest.mark.parametrize("made", [record, learned, attacked, not_established])
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_strings_steer_neither_terminal_nor_markdown(text: str, made: Callable[[], dict[str, Any]]) -> None:
     assert all(line.isprintable() for line in to_text(hostile(text, made)).splitlines())

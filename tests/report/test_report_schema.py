@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from report_records import HOSTILE, VARIANTS, hostile, learned, record
+from report_records import HOSTILE, VARIANTS, attacked, hostile, learned, not_established, record
 
 from secateur.errors import DataError
 from secateur.report import FORMATS, read_result, render, to_json
@@ -62,7 +62,7 @@ def test_good_records_are_accepted(name: str, tmp_path: Path) -> None:
 
 def test_hostile_records_are_accepted_as_text(tmp_path: Path) -> None:
     for text in HOSTILE:
-        for made in (record, learned):
+        for made in (record, learned, attacked, not_established):
             VALIDATOR.validate(hostile(text, made))
             assert problem(hostile(text, made)) is None
 
@@ -178,6 +178,9 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 PLACES = [place for place in places(learned()) if "edges" not in place[:-2] or place[-2] == 0]
+PLACES += [
+    place for made in (attacked, not_established) for place in places(made()) if place[:1] in (("details",), ("checks",))
+]
 VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -209,7 +212,7 @@ def put(target: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    made=st.sampled_from([record, learned]),
+    made=st.sampled_from([record, learned, attacked, not_established]),
     changes=st.lists(st.tuples(st.sampled_from(PLACES), VALUES), min_size=1, max_size=3),
 )
 def test_whatever_can_be_read_can_be_rendered(

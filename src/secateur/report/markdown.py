@@ -38,7 +38,7 @@ def _section(section: Section) -> Iterator[str]:
 def _table(table: Table) -> Iterator[str]:
     if table.caption:
         yield from (f"### {escape(table.caption)}", "")
-    yield _row(table.head)
+    yield _row(map(escape, table.head))
     yield _row("---" for _ in table.head)
     for row in table.rows:
         yield _row(escape(cell.text) for cell in row)

@@ -40,5 +40,8 @@ def sweep(points: Sequence[Mapping[str, Any]], threat: Mapping[str, Any]) -> Mar
 
 
 def _dot(at: tuple[float, float], point: Mapping[str, Any], norm: str, chosen: bool) -> Markup:
-    title = tag("title", f"{budget({'eps': point['eps'], 'norm': norm})}: {rate(point['accuracy'])}")
-    return tag("circle", title, cx=at[0], cy=at[1], r=6 if chosen else 3, class_="chosen" if chosen else "point")
+    said = tag("title", f"{budget({'eps': point['eps'], 'norm': norm})}: {rate(point['accuracy'])}")
+    circle = tag("circle", said, cx=at[0], cy=at[1], r=6 if chosen else 3, class_="chosen" if chosen else "point")
+    anchor, shift = ("end", -12) if at[0] > (LEFT + RIGHT) / 2 else ("start", 12)
+    label = tag("text", "the budget attacked", x=at[0] + shift, y=max(at[1] - 10, TOP + 10), text_anchor=anchor, class_="label")
+    return circle + label if chosen else circle

@@ -115,7 +115,7 @@ def per_class(counts: Sequence[int]) -> str:
 def budget(threat: Mapping[str, Any]) -> str:
     """Return ``linf eps 8/255``, or the number itself where that many grey levels take too many digits."""
     levels = f"{255 * threat['eps']:.3g}"
-    short = threat["norm"] == "linf" and threat["eps"] and abs(255 * threat["eps"] - float(levels)) < 1e-6
+    short = threat["norm"] == "linf" and float(levels) >= 0.01 and abs(255 * threat["eps"] - float(levels)) < 1e-6
     return f"{threat['norm']} eps {levels}/255" if short else f"{threat['norm']} eps {threat['eps']:.4g}"
 
 

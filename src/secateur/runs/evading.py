@@ -80,22 +80,30 @@ def chosen(methods: Sequence[str], arguments: Mapping[str, Any], *, eps: float, 
     """
     rows = [(get("evasion", name), {}) for name in dict.fromkeys(methods)]
     rows = rows or [(get("evasion", name), dict(given)) for name, given in DEFAULT]
+    arguments = {_spelt(name): value for name, value in arguments.items()}
     _check_names(arguments, [row for row, _ in rows])
     entries: dict[str, Entry] = {}
     for row, given in rows:
         own = {parameter.name for parameter in parameters(row)}
         common = {name: value for name, value in arguments.items() if name in own}
-        special = {name.partition(".")[2]: value for name, value in arguments.items() if name.startswith(f"{row.name}.")}
+        special = {
+            name.partition(".")[2]: value for name, value in arguments.items() if name.startswith(f"{_spelt(row.name)}.")
+        }
         full = settings(row, {**given, **common, **special, "eps": eps, "norm": norm})
         name = f"{row.name} ({full['loss']})" if "loss" in full else row.name
         entries[name] = Entry(name, bind(row.load(), **full), row)
     return list(entries.values())
 
 
+def _spelt(name: str) -> str:
+    """Return a name as settings are spelt, which never have a dash."""
+    return name.replace("-", "_")
+
+
 def _check_names(arguments: Mapping[str, Any], rows: Sequence[Method]) -> None:
     """Raise unless each argument is a setting of some attack and one that may differ between attacks."""
     known = {parameter.name for row in rows for parameter in parameters(row)}
-    special = {f"{row.name}.{parameter.name}" for row in rows for parameter in parameters(row)}
+    special = {f"{_spelt(row.name)}.{parameter.name}" for row in rows for parameter in parameters(row)}
     for name in arguments:
         if name.rpartition(".")[2] in OURS:
             raise MethodError(f"'{name}' is the same for all attacks and no setting of one; give --eps and --norm (untargeted)")
