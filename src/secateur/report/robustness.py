@@ -15,7 +15,8 @@ def against(checks: Sequence[Record]) -> Section:
     """Return the checks that found something or could not judge, with what that means and what to do about it."""
     counts = {name: sum(_status(check) == name for check in checks) for name in ("failed", "warning", "error", "skipped", "ok")}
     found = [check for name in ("failed", "warning") for check in checks if _status(check) == name]
-    told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    plural = {"warning": "warnings", "error": "errors"}
+    told = ", ".join(f"{count} {plural.get(name, name) if count > 1 else name}" for name, count in counts.items() if count)
     lines = [f"Of {len(checks)} checks of what could make the figure wrong: {told}."] if checks else []
     skipped = [check for check in checks if _status(check) in ("skipped", "error")]
     lines += [f"Not judged: {_name(check)} ({plain(check['why'])})." for check in skipped]
@@ -76,7 +77,7 @@ def _attacks(measured: Record) -> Section:
     bound = checked["upper_bound"]
     lines = [
         f"Budget: {budget(threat)}, {threat['knowledge']}. {rate(clean)} of {clean['n']:,} images are right without an attack.",
-        "Worst of all: right are the images that no attack broke. That is robust accuracy, and an upper bound.",
+        "Worst of all: right are the images that no attack broke. Robust accuracy is at most this, never more.",
         f"With the checks' own attacks too, {rate(bound)} of the {bound['n']:,} images that they looked at stay right.",
         *(line for attack in attacks for line in _remarks(attack, len(attacks))),
     ]
