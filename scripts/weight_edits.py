@@ -31,7 +31,7 @@ from secateur.attack.losses import DLR_CLASSES, Aim
 from secateur.attack.network import opened
 from secateur.cli.options import ModelFlags
 from secateur.data import load_data
-from secateur.measure import wilson
+from secateur.measure.robustness import rates
 from secateur.prune import (
     Edited,
     Resampled,
@@ -44,9 +44,10 @@ from secateur.prune import (
     sparsify,
 )
 from secateur.state import evaluating, generator, seeded
-from secateur.types import ImageSet, Rate, to_float
+from secateur.types import ImageSet, to_float
 
 EPS, STEP, STEPS = 0.03, 0.001, 10
+RATES = "clean_accuracy", "remnant_accuracy", "strict_attack_success", "prediction_change_rate"
 Make = Callable[[nn.Module, ImageSet], Edited]
 
 
@@ -145,18 +146,6 @@ def strong(edited: Edited, x: Tensor, clean: Tensor, given: Settings, *, classes
     return ~left, "; ".join(told)
 
 
-def rates(clean: Tensor, attacked: Tensor, y: Tensor) -> dict[str, Rate | None]:
-    """Return the four rates of the authors' table from the answers to clean and to attacked images."""
-    right = clean == y
-    broken = right & (attacked != y)
-    return {
-        "accuracy": wilson(int(right.sum()), len(y)),
-        "remnant": wilson(int((attacked == y).sum()), len(y)),
-        "attack_success": wilson(int(broken.sum()), int(right.sum())) if right.any() else None,
-        "change": wilson(int((attacked != clean).sum()), len(y)),
-    }
-
-
 def one(name: str, edited: Edited, images: ImageSet, kind: str, given: Settings) -> dict[str, object]:
     """Return one line of the table."""
     start, x, y = time.perf_counter(), to_float(images.x), images.y
@@ -167,7 +156,9 @@ def one(name: str, edited: Edited, images: ImageSet, kind: str, given: Settings)
         broken, parts = strong(edited, x, clean, given, classes=len(images.classes), both=name.startswith("clamp="))
         attacked = torch.where(broken, -1, clean)  # worst case: -1 is no class
     line: dict[str, object] = {"edit": name, "attack": kind, "changed": f"{edited.changed:.6f}", "n": len(y)}
-    for key, rate in rates(clean, attacked, y).items():
+    found = rates(y, clean, attacked)
+    for key in RATES:
+        rate = getattr(found, key)
         cells = ("", "", "", "") if rate is None else (*(f"{v:.4f}" for v in (rate.value, rate.low, rate.high)), rate.n)
         line |= dict(zip((key, f"{key}_low", f"{key}_high", f"{key}_n"), cells, strict=True))
     return line | {"changed_answers_after": parts, "seconds": f"{time.perf_counter() - start:.1f}"}
@@ -249,10 +240,8 @@ def main() -> None:
             if (name, kind) not in done:
                 lines.append(one(name, known[name](model, calibration), images, kind, given))
                 write(table, lines)
-                print(
-                    " ".join(f"{key}={lines[-1][key]}" for key in ("edit", "attack", "accuracy", "remnant", "seconds")),
-                    flush=True,
-                )
+                shown = ("edit", "attack", *RATES[:2], "seconds")
+                print(" ".join(f"{key}={lines[-1][key]}" for key in shown), flush=True)
 
 
 if __name__ == "__main__":

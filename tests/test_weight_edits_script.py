@@ -29,19 +29,6 @@ def script():
     del sys.modules["weight_edits"]
 
 
-def test_rates_by_hand(script):
-    """Of four images three are right; one of them falls, and the wrong one gets another wrong answer."""
-    y, clean, attacked = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 0, 1])
-    found = {name: (rate.value, rate.n) for name, rate in script.rates(clean, attacked, y).items()}
-    assert found == {
-        "accuracy": (0.75, 4),
-        "remnant": (0.5, 4),
-        "attack_success": (pytest.approx(1 / 3), 3),
-        "change": (0.5, 4),
-    }
-    assert script.rates(clean, clean, clean + 1)["attack_success"] is None
-
-
 def test_every_row_makes_a_network(script, trained, images):
     for name, make in script.rows(0).items():
         edited = make(trained, images)
@@ -70,7 +57,7 @@ def test_a_run_goes_on_where_it_was(script, trained, images, tmp_path, monkeypat
     again = run("--rows", "none,R=0.01 resampled", "--attack", "published")
     assert again[:4] == first
     assert [line["edit"] for line in again[4:]] == ["R=0.01 resampled"]
-    assert all(line["n"] == line["accuracy_n"] == "20" for line in again)
+    assert all(line["n"] == line["clean_accuracy_n"] == "20" for line in again)
     with pytest.raises(SystemExit, match="holds figures of other settings"):
         run("--seed", "1")
     with pytest.raises(SystemExit, match="unknown row 'nothing'"):

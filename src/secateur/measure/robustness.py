@@ -6,7 +6,7 @@ success and prediction change swapped; here each number stands under its own def
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -157,13 +157,22 @@ def robustness(
 def summed(outcomes: Outcomes, threat: ThreatModel, budgets: Mapping[str, str], seed: int) -> Robustness:
     """Return the rates of what was answered; in the worst case an attacker may also leave an image alone."""
     found = outcomes.returned, outcomes.stored
-    worst = [_rates(outcomes, (outcomes.clean, *answers.values())) for answers in found]
-    each = [{name: _rates(outcomes, [answer]) for name, answer in answers.items()} for answers in found]
+    y, clean, targets = outcomes.y, outcomes.clean, outcomes.targets
+    worst = [rates(y, clean, clean, *answers.values(), targets=targets) for answers in found]
+    each = [{name: rates(y, clean, answer, targets=targets) for name, answer in answers.items()} for answers in found]
     return Robustness(threat, worst[0], worst[1], each[0], each[1], budgets, seed, outcomes)
 
 
-def _rates(outcomes: Outcomes, answers: Iterable[Tensor]) -> Rates:
-    y, clean, shown, targets = outcomes.y, outcomes.clean, torch.stack(list(answers)), outcomes.targets
+def rates(y: Tensor, clean: Tensor, *answers: Tensor, targets: Tensor | None = None) -> Rates:
+    """Return the four rates of an attack, or of the worst of several on each image.
+
+    Args:
+        y: True labels, int64 ``(n,)``.
+        clean: Answers without an attack, int64 ``(n,)``.
+        answers: Answers under each attack, int64 ``(n,)``.
+        targets: Wanted labels, int64 ``(n,)``; None if untargeted.
+    """
+    shown = torch.stack(answers)
     right, changed, before = (shown == y).all(dim=0), (shown != clean).any(dim=0), clean == y
     reached = None
     if targets is not None and bool((targets != y).any()):

@@ -79,8 +79,8 @@ def picture(trigger: Trigger, data: ImageSet) -> dict[str, Any]:
         "kind": trigger.kind,
         "target": trigger.target,
         "sources": list(trigger.sources) if trigger.sources is not None else None,
-        "clean_png": png(clean[0]),
-        "triggered_png": png(trigger.apply(clean)[0]),
+        "clean_png": _png(clean[0]),
+        "triggered_png": _png(trigger.apply(clean)[0]),
         "visibility": asdict(how_visible(trigger, data)),
     }
 
@@ -91,8 +91,7 @@ def how_visible(trigger: Trigger, data: ImageSet) -> Visibility:
     return visibility(trigger, data.subset(eligible[:: max(1, len(eligible) // SEEN)][:SEEN]))
 
 
-def png(image: Tensor) -> str:
-    """Return an image ``(c, h, w)`` in [0, 1] as a PNG in a ``data:`` URI."""
+def _png(image: Tensor) -> str:
     pixels = image.mul(255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
