@@ -4,6 +4,7 @@
         --data cifar10.npz:test --limit 1000 --attack published --attack strong -o results/weight-edits/resnet20
 
 Writes ``cells.csv``, one line per edit and attack, and ``provenance.json``; lines that are there are not computed again.
+With ``--stages`` writes ``stages.csv`` in place of it: how far the feature maps of the unedited network move at each stage.
 
 *published*: Linf PGD, eps 0.03, step 0.001, 10 steps, random start, rounded to 8 bits, on all images with their true labels,
 through the edited network itself. *strong*: PGD with restarts on cross-entropy and on DLR, through the edit's adaptive forward,
@@ -31,6 +32,7 @@ from secateur.attack.losses import DLR_CLASSES, Aim
 from secateur.attack.network import opened
 from secateur.cli.options import ModelFlags
 from secateur.data import load_data
+from secateur.measure import layer_study
 from secateur.measure.robustness import rates
 from secateur.prune import (
     Edited,
@@ -47,6 +49,7 @@ from secateur.state import evaluating, generator, seeded
 from secateur.types import ImageSet, to_float
 
 EPS, STEP, STEPS = 0.03, 0.001, 10
+STUDIED = 200  # images of which the stages are looked at
 RATES = "clean_accuracy", "remnant_accuracy", "strict_attack_success", "prediction_change_rate"
 Make = Callable[[nn.Module, ImageSet], Edited]
 
@@ -103,17 +106,17 @@ def answers(edited: Edited, x: Tensor, size: int, seed: int = 1) -> Tensor:
     return torch.cat(found)
 
 
-def published(edited: Edited, x: Tensor, y: Tensor, given: Settings) -> Tensor:
-    """Return the answers under the attack as its author's code has it: last points, rounded to 8 bits, perhaps beyond eps."""
+def published(edited: Edited, x: Tensor, y: Tensor, given: Settings, *, steps: int = STEPS) -> Tensor:
+    """Return images attacked as the author's code has it: last points, rounded to 8 bits, perhaps beyond eps."""
     draw, found = generator(given.seed), []
-    with opened(edited.model, x[: given.batch_size], forward=None, passes=STEPS * len(x), generator=draw) as network:
+    with opened(edited.model, x[: given.batch_size], forward=None, passes=steps * len(x), generator=draw) as network:
         for images, labels in zip(x.split(given.batch_size), y.split(given.batch_size), strict=True):
             points = (images + EPS * (2 * torch.rand(images.shape, generator=draw) - 1)).clamp(0, 1)
-            for step in range(STEPS):
+            for step in range(steps):
                 _, _, slope = network.slope(points, labels, Aim("cross-entropy"), first=step == 0)
                 points = (images + (points + STEP * slope.sign() - images).clamp(-EPS, EPS)).clamp(0, 1)
             found.append((points * 255).round() / 255)
-    return answers(edited, torch.cat(found), given.batch_size)
+    return torch.cat(found)
 
 
 def strong(edited: Edited, x: Tensor, clean: Tensor, given: Settings, *, classes: int, both: bool) -> tuple[Tensor, str]:
@@ -151,7 +154,7 @@ def one(name: str, edited: Edited, images: ImageSet, kind: str, given: Settings)
     start, x, y = time.perf_counter(), to_float(images.x), images.y
     clean, parts = answers(edited, x, given.batch_size), ""
     if kind == "published":
-        attacked = published(edited, x, y, given)
+        attacked = answers(edited, published(edited, x, y, given), given.batch_size)
     else:
         broken, parts = strong(edited, x, clean, given, classes=len(images.classes), both=name.startswith("clamp="))
         attacked = torch.where(broken, -1, clean)  # worst case: -1 is no class
@@ -162,6 +165,27 @@ def one(name: str, edited: Edited, images: ImageSet, kind: str, given: Settings)
         cells = ("", "", "", "") if rate is None else (*(f"{v:.4f}" for v in (rate.value, rate.low, rate.high)), rate.n)
         line |= dict(zip((key, f"{key}_low", f"{key}_high", f"{key}_n"), cells, strict=True))
     return line | {"changed_answers_after": parts, "seconds": f"{time.perf_counter() - start:.1f}"}
+
+
+def stage_lines(model: nn.Module, images: ImageSet, given: Settings) -> list[dict[str, object]]:
+    """Return how far the feature maps move at the end of each stage: under the random start alone, and under two attacks."""
+    x, y = to_float(images.x[:STUDIED]), images.y[:STUDIED]
+    whole = Edited(model, 0.0, adaptive(model))
+    climbed = pgd(model, x, y, eps=EPS, steps=given.steps, batch_size=given.batch_size, generator=generator(given.seed))
+    attacked = {
+        "random start": published(whole, x, y, given, steps=0),
+        "published": published(whole, x, y, given),
+        f"pgd, {given.steps} steps": (climbed * 255).round() / 255,
+    }
+    lines: list[dict[str, object]] = []
+    for name, moved in attacked.items():
+        wrong = float((answers(whole, moved, given.batch_size) != y).double().mean())
+        for shift in layer_study(model, x, moved, batch_size=given.batch_size):
+            l2 = ("", "", "") if shift.l2 is None else (f"{v:.4f}" for v in (shift.l2.value, shift.l2.low, shift.l2.high))
+            line: dict[str, object] = {"images": name, "n": len(x), "wrong": f"{wrong:.4f}", "stage": shift.stage}
+            line |= dict(zip(("l2", "l2_low", "l2_high"), l2, strict=True))
+            lines.append(line | {"largest": "" if shift.largest is None else f"{shift.largest:.4f}"})
+    return lines
 
 
 def pick(data: ImageSet, given: Settings) -> tuple[ImageSet, ImageSet]:
@@ -192,6 +216,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--attack", action="append", choices=("published", "strong"), help="may be repeated; default: published"
     )
+    parser.add_argument("--stages", action="store_true", help="how far each stage moves instead (stages.csv)")
     parser.add_argument("--rows", help="names separated by commas; default: all")
     parser.add_argument("--limit", type=int, default=1000, help="images to attack")
     parser.add_argument("--calibration", type=int, default=500, help="other images, to which feature maps are clamped")
@@ -233,6 +258,9 @@ def main() -> None:
     if where.exists() and where.read_text("utf-8") != text:
         raise SystemExit(f"{args.output} holds figures of other settings: name another folder")
     where.write_text(text, "utf-8")
+    if args.stages:
+        write(args.output / "stages.csv", stage_lines(model, images, given))
+        return
     lines: list[Mapping[str, object]] = list(csv.DictReader(table.read_text("utf-8").splitlines())) if table.exists() else []
     done = {(line["edit"], line["attack"]) for line in lines}
     for kind in args.attack or ["published"]:
