@@ -65,6 +65,8 @@ def test_a_run_goes_on_where_it_was(script, trained, images, tmp_path, monkeypat
     assert capsys.readouterr().out.count("edit=") == 5
     run("--stages")
     stages = list(csv.DictReader((tmp_path / "out" / "stages.csv").read_text("utf-8").splitlines()))
-    moved = {images: [float(line["l2"]) for line in stages if line["images"] == images] for images in ("random start", "published")}
+    moved = {
+        images: [float(line["l2"]) for line in stages if line["images"] == images] for images in ("random start", "published")
+    }
     assert len(moved["published"]) == len(moved["random start"]) >= 2
     assert moved["published"][-1] > moved["random start"][-1] > 0

@@ -166,7 +166,7 @@ def test_canonical_json_does_not_know_the_order(values):
 def test_a_new_version_of_a_score_is_a_new_node_for_repairs_that_name_it(write, monkeypatch):
     before = graph_of(write())
     scores = [replace(row, version=2) if row.name == "l1" else row for row in methods.table("score")]
-    monkeypatch.setattr("secateur.bench.plan.table_of", lambda kind: scores)
+    monkeypatch.setattr("secateur.bench.choices.table_of", lambda kind: scores)
     after = graph_of(write())
     changed = {
         before.nodes[key].method for key in before.nodes.keys() - after.nodes.keys() if before.nodes[key].stage == "repair"

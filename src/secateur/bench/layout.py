@@ -37,10 +37,17 @@ NAMES: Mapping[str, str] = {
     "attack_success": "ASR",
     "triggered_accuracy": "triggered accuracy",
     "retuned_attack_success": "ASR after retuning",
+    "white_box": "white-box accuracy",
+    "to_parent": "parent's accuracy under its images",
 }
 DEFENCE = Defence._fields
 GAP = "  "
 NOTHING = "-"
+
+
+def named(metric: str) -> str:
+    """Return what tables call a metric."""
+    return NAMES.get(metric, metric.replace("_", " "))
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def _main(groups: Sequence[Group], plan: Plan) -> Section:
     columns: list[Column] = []
     for attack in attacks:
         for metric in _shown(plan):
-            title, published = f"{attack} {NAMES[metric]}", partial(_published, metric=metric, sources=sources)
+            title, published = f"{attack} {named(metric)}", partial(_published, metric=metric, sources=sources)
             columns.append((title, attack, partial(_level, metric=metric)))
             if any(published(line[attack]) for line in lines.values() if attack in line):
                 columns.append((f"{title}, reported", attack, published))
@@ -199,7 +206,7 @@ def _attacks(rows: Sequence[Row], plan: Plan) -> Section:
             some = "" if row.lost.known == row.planned else f", {row.lost.known} of {row.planned}"
             cells += [f"{_pc(row.lost.mean)}{some}{star}", f"{_pc(row.lost.most)} ({row.lost.attack}){star}"]
         table.append(cells)
-    head = [*DEFENCE, "attacks", "cells", *(f"{what} {NAMES[metric]}" for metric in plan.metrics for what in ("mean", "worst"))]
+    head = [*DEFENCE, "attacks", "cells", *(f"{what} {named(metric)}" for metric in plan.metrics for what in ("mean", "worst"))]
     above = [
         "Percent; mean of the attacks' means, and the worst of their cells.",
         f"repaired: attacks whose ASR ends within {100 * REPAIRED:.0f} points of the benign network's own.",
@@ -216,9 +223,9 @@ def _control(groups: Sequence[Group], plan: Plan) -> Section:
     for metric in plan.metrics:
         show = partial(_level, metric=metric)
         if metric == "accuracy":  # of clean images, the same under every trigger
-            columns += [(NAMES[metric], trigger, show) for trigger in triggers[:1]]
+            columns += [(named(metric), trigger, show) for trigger in triggers[:1]]
         elif attacks:
-            columns += [(f"{NAMES[metric]} under {trigger}", trigger, show) for trigger in triggers]
+            columns += [(f"{named(metric)} under {trigger}", trigger, show) for trigger in triggers]
     above = ["Networks without a backdoor: the rates that are there under each attack's trigger anyway."]
     return _grid("Benign control", _lines(benign, triggers, "trigger"), columns, above)
 
@@ -259,9 +266,9 @@ def _ranks(rows: Sequence[Row], plan: Plan) -> Section:
             failed = f" ({ranking.failed[repair]} failed)*" if ranking.failed[repair] else ""
             cells.append(f"{ranking.ranks.mean[repair]:.2f}{failed}" if ranking.ranks.blocks else NOTHING)
         table.append(cells)
-    blocks = ", ".join(f"{ranking.ranks.blocks} of {ranking.planned} by {NAMES[ranking.metric]}" for ranking in found)
+    blocks = ", ".join(f"{ranking.ranks.blocks} of {ranking.planned} by {named(ranking.metric)}" for ranking in found)
     above = [f"1 is best, ties share a rank, a failed cell ranks last; blocks ranked: {blocks}."]
-    return Section("Mean ranks", ["repair", *(f"rank by {NAMES[ranking.metric]}" for ranking in found)], table, above)
+    return Section("Mean ranks", ["repair", *(f"rank by {named(ranking.metric)}" for ranking in found)], table, above)
 
 
 def _paired(rows: Sequence[Row], plan: Plan) -> Section:
@@ -274,7 +281,7 @@ def _paired(rows: Sequence[Row], plan: Plan) -> Section:
     for config, line in lines.items():
         names = [config.model, config.backdoor, _share(config.clean), config.repair, config.compress]
         table.append(names + [_difference(line[metric]) for metric in metrics])
-    head = ["model", "backdoor", "clean", "repair", "compress", *(f"{NAMES[metric]}, points" for metric in metrics)]
+    head = ["model", "backdoor", "clean", "repair", "compress", *(f"{named(metric)}, points" for metric in metrics)]
     above = []
     if found:
         interval = "[95 % t-interval] and p of the signed-rank test over n victims"
@@ -397,7 +404,7 @@ def _unmatched(lines: Lines, plan: Plan) -> Iterator[str]:
         left = [name for name in row.values if id(row) not in matched or name not in _shown(plan)]
         if left:
             where = ", ".join(f"{column} {value}" for column, value in row.where.items()) or "everything"
-            numbers = ", ".join(f"{NAMES[name]} {_pc(row.values[name])}" for name in left)
+            numbers = ", ".join(f"{named(name)} {_pc(row.values[name])}" for name in left)
             yield f"not in this table, reported by: {row.source} for {where}: {numbers}"
 
 

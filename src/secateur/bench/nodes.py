@@ -2,6 +2,7 @@
 
     data -> victim -> repair -> compress -> measure
 
+    victim, repair, compress -> evade -> measure    (images made on a network, where a plan attacks; shown to others too)
     victim, repair -> oracle    (a row of its own, where a plan asks for it: see ``oracle.py``)
 
 A victim is trained once and used by every repair; the network without repair is measured as well. A benign network
@@ -13,18 +14,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-from .plan import NONE, RETUNED, Choice, DataPlan, Plan, recipe_settings
+from .choices import CHECKPOINT, NONE, Choice
+from .plan import RETUNED, DataPlan, Plan, recipe_settings
 
 STAGES: Mapping[str, tuple[str, int]] = {  # name -> function and version; the version goes up when results change
     "data": ("secateur.bench.stages:data", 1),
     "victim": ("secateur.bench.stages:victim", 1),
     "repair": ("secateur.bench.stages:repair", 1),
     "compress": ("secateur.bench.stages:compress", 1),
+    "evade": ("secateur.bench.stages:evade", 1),
     "measure": ("secateur.bench.stages:measure", 1),
     "oracle": ("secateur.bench.stages:oracle", 1),
 }
@@ -141,6 +144,17 @@ def expand(plan: Plan, digest: Callable[[str], str]) -> Graph:
     return _Expansion(plan, digest).graph()
 
 
+class _Defended(NamedTuple):
+    """What was done to a victim, and the nodes; the twin is the same with another seed."""
+
+    clean: float | None
+    repair: str
+    compress: str
+    seed: int | None
+    keys: tuple[str, ...]
+    twin: str | None
+
+
 class _Expansion:
     def __init__(self, plan: Plan, digest: Callable[[str], str]) -> None:
         self.plan = plan
@@ -156,35 +170,36 @@ class _Expansion:
         for model in self.plan.models:
             victims = {choice.label: (choice, self._victim(model, choice, data, seed)) for choice in self.plan.backdoors}
             triggers = {label: victim for label, (choice, victim) in victims.items() if choice.name != NONE}
+            surrogates = self._surrogates()
             for label, (choice, victim) in victims.items():
                 shown = {label: victim} if choice.name != NONE else (triggers or {NONE: None})
-                for clean, repair, compress, repair_seed, keys in self._defences(victim, data):
+                for clean, repair, compress, repair_seed, keys, twin in self._defences(victim, data):
+                    attacked = self._attacked(keys, twin, data, surrogates)
                     for trigger, owner in shown.items():
-                        end = self._measure(keys[-1], data, owner)
+                        end = self._measure(keys[-1], data, owner, attacked)
                         yield Cell(model.label, label, trigger, clean, repair, compress, seed, repair_seed, (*keys, end))
                 for repair, clean, repair_seed, keys in self._chosen_by_oracle(victim, data) if choice.name != NONE else ():
                     yield Cell(model.label, label, label, clean, repair, NONE, seed, repair_seed, keys)
 
-    def _defences(self, victim: str, data: str) -> Iterator[tuple[float | None, str, str, int | None, tuple[str, ...]]]:
-        """Yield ``(clean share, repair, compressor, seed, keys)`` for the victim itself and everything done to it."""
-        for clean, repair, repair_seed, keys in self._repairs(victim, data):
+    def _defences(self, victim: str, data: str) -> Iterator[_Defended]:
+        """Yield the victim itself and everything done to it."""
+        for done in self._repairs(victim, data):
             for compressor in self.plan.compressors:
                 if compressor.name == NONE:
-                    yield clean, repair, compressor.label, repair_seed, keys
+                    yield done._replace(compress=compressor.label)
                     continue
-                shares = (clean,) if clean is not None else self.plan.data.clean
-                seeds = (repair_seed,) if repair_seed is not None else self.plan.repair_seeds
-                for share in shares:
-                    for seed in seeds:
-                        end = self._defend("compress", compressor, keys[-1], data, share, seed)
-                        yield share, repair, compressor.label, seed, (*keys, end)
+                shares = (done.clean,) if done.clean is not None else self.plan.data.clean
+                seeds = (done.seed,) if done.seed is not None else self.plan.repair_seeds
+                for share, seed in itertools.product(shares, seeds):
+                    end, twin = self._twins("compress", compressor, (done.keys[-1], done.twin), data, share, seed)
+                    yield _Defended(share, done.repair, compressor.label, seed, (*done.keys, end), twin)
 
-    def _repairs(self, victim: str, data: str) -> Iterator[tuple[float | None, str, int | None, tuple[str, ...]]]:
-        yield None, NONE, None, (victim,)
+    def _repairs(self, victim: str, data: str) -> Iterator[_Defended]:
+        yield _Defended(None, NONE, NONE, None, (victim,), None)
         for choice in self.plan.repairs:
-            for share in self.plan.data.clean:
-                for seed in self.plan.repair_seeds:
-                    yield share, choice.label, seed, (victim, self._defend("repair", choice, victim, data, share, seed))
+            for share, seed in itertools.product(self.plan.data.clean, self.plan.repair_seeds):
+                end, twin = self._twins("repair", choice, (victim, None), data, share, seed)
+                yield _Defended(share, choice.label, NONE, seed, (victim, end), twin)
 
     def _chosen_by_oracle(self, victim: str, data: str) -> Iterator[tuple[str, float, int, tuple[str, ...]]]:
         """Yield ``(repair, clean share, seed, keys)`` where a cut is also chosen with the victim's trigger on test images."""
@@ -199,16 +214,51 @@ class _Expansion:
                 yield f"{choice.label}, chosen by ASR on test images", share, seed, (victim, repair, end)
 
     def _victim(self, model: Choice, backdoor: Choice, data: str, seed: int) -> str:
-        recipe = recipe_settings(self.plan.recipe)
+        recipe = recipe_settings(self.plan.recipe) if model.name != CHECKPOINT else {}
         args = {"model": model.name, "kwargs": model.settings, "recipe": recipe, "settings": backdoor.settings}
-        return self._add("victim", backdoor, args, seed, {"data": data}, dtype=self.plan.recipe.precision)
+        dtype = self.plan.recipe.precision if model.name != CHECKPOINT else "float32"
+        return self._add("victim", backdoor, args, seed, {"data": data}, dtype=dtype)
 
     def _defend(self, stage: str, choice: Choice, model: str, data: str, share: float, seed: int, *, path: bool = False) -> str:
         args = {"clean": share, "settings": choice.settings, **({"path": True} if path else {})}
         return self._add(stage, choice, args, seed, {"model": model, "data": data})
 
-    def _measure(self, model: str, data: str, trigger: str | None) -> str:
-        parents = {"model": model, "data": data, **({"trigger": trigger} if trigger else {})}
+    def _twins(
+        self, stage: str, choice: Choice, before: tuple[str, str | None], data: str, share: float, seed: int
+    ) -> tuple[str, str | None]:
+        """Return what is made of a network and, where a plan attacks by twins, what another seed makes of it or its twin."""
+        model, twin = before
+        end = self._defend(stage, choice, model, data, share, seed)
+        if self.plan.evasion is None or not self.plan.evasion.twin:
+            return end, None
+        seeds = self.plan.repair_seeds
+        other = seeds[(seeds.index(seed) + 1) % len(seeds)] if len(seeds) > 1 else seed + 1
+        return end, self._defend(stage, choice, twin or model, data, share, other)
+
+    def _surrogates(self) -> dict[str, str]:
+        """Return metric -> images made on each surrogate of the plan."""
+        made = {}
+        for each in self.plan.evasion.surrogates if self.plan.evasion else ():
+            data = self._add("data", args={"source": self.source, **_limits(self.plan.data)}, seed=each.seed)
+            made[each.metric] = self._victim(each.model, Choice(NONE, NONE, {}), data, each.seed)
+        return made
+
+    def _attacked(self, keys: Sequence[str], twin: str | None, data: str, surrogates: Mapping[str, str]) -> dict[str, str]:
+        """Return metric -> the node of the images that it is measured on, and the network that bore this one."""
+        if self.plan.evasion is None:
+            return {}
+        sources = {"white_box": keys[-1], **surrogates}
+        if len(keys) > 1:
+            sources |= {"transfer_parent": keys[0], **({"transfer_twin": twin} if twin else {})}
+        attack, args = self.plan.evasion.attack, {"images": self.plan.evasion.images}
+        made = {
+            metric: self._add("evade", attack, {**args, "settings": attack.settings}, parents={"model": source, "data": data})
+            for metric, source in sources.items()
+        }
+        return {**made, **({"parent": keys[0]} if len(keys) > 1 else {})}
+
+    def _measure(self, model: str, data: str, trigger: str | None, attacked: Mapping[str, str]) -> str:
+        parents = {"model": model, "data": data, **({"trigger": trigger} if trigger else {}), **attacked}
         args = {"retuned": True} if RETUNED in self.plan.metrics and trigger else {}
         return self._add("measure", args=args, parents=parents)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,26 @@ from .. import runs
 from ..architectures import is_reference
 from ..data import count_shared, load_data, load_trigger, save_npz, save_trigger, split_clean, stratified
 from ..errors import DataError, InconclusiveError, ModelError
-from ..measure import cost, evaluate
+from ..intake import load, read
+from ..measure import correct, cost, evaluate, wilson
+from ..measure.adversarial import ThreatModel, bind, craft
 from ..methods import Kind, get
 from ..models import Classifier, load_bundle, read_arch, save
 from ..poison import train_victim
 from ..poison.common import poison, unpoisoned
 from ..poison.retuning import retuned_success
-from ..prune import apply_mask
+from ..prune import adaptive, apply_mask
 from ..prune.mask import hard
 from ..recipe import read_recipe
-from ..state import generator
-from ..types import ImageSet, Poisoning
+from ..state import batch_size, generator
+from ..types import ImageSet, Poisoning, Rate
+from .choices import CHECKPOINT, NONE
 from .nodes import Node
 from .oracle import choose, load_path, save_path
-from .plan import NONE, RETUNED
+from .plan import RETUNED
 from .store import read_config, read_result
 
+ATTACKED = 250  # images at once
 MOST_SHARED = 0.01  # share of the test images that may be seen before: real data sets have a few duplicates
 
 
@@ -93,6 +97,8 @@ def data(work: Work) -> dict[str, Any]:
 
 def victim(work: Work) -> dict[str, Any]:
     """Poison the training images and train a network on them, or let an attacker who controls training do it."""
+    if work.node.args["model"] == CHECKPOINT:
+        return _checkpoint(work)
     args, random = work.node.args, work.generator
     images = _training_images(work)
     if work.node.method == NONE:
@@ -121,6 +127,19 @@ def victim(work: Work) -> dict[str, Any]:
     return facts
 
 
+def _checkpoint(work: Work) -> dict[str, Any]:
+    """Take somebody's finished network; nothing of its file is run."""
+    said = dict(work.node.args["kwargs"])
+    images = load_data(work.parents["data"] / "test.npz")
+    reading = read(work.source[said.pop("sha256")])
+    if reading.format != "bundle":  # which says its own
+        said["classes"] = images.classes
+    model = load(reading, **said)
+    runs.check_fit(model, images)
+    save(model, work.folder / "model")
+    return {"origin": model.origin}
+
+
 def repair(work: Work) -> dict[str, Any]:
     """Repair a network with the clean images."""
     return _defend(work, "repair")
@@ -131,8 +150,27 @@ def compress(work: Work) -> dict[str, Any]:
     return _defend(work, "compressor")
 
 
+def evade(work: Work) -> dict[str, Any]:
+    """Make adversarial images on a network, as it has to be attacked, and keep them in 8 bit."""
+    test, count = load_data(work.parents["data"] / "test.npz"), work.node.args["images"]
+    if count is not None and count < len(test):
+        test = test.subset(stratified(test.y, [count], generator=work.generator)[0])
+    model, settings = _model(work), work.settings
+    forward = adaptive(model)
+    given = settings if forward is None else {**settings, "forward": forward}
+    attack = bind(get("evasion", work.node.method).load(), **given)
+    threat, random = ThreatModel(eps=settings["eps"], norm=settings["norm"]), work.generator
+    size, stored, refused = batch_size(ATTACKED), [], 0
+    for x, y in zip(test.x.split(size), test.y.split(size), strict=True):
+        made = craft(attack, model, x, y, threat, random)
+        stored.append(made.stored)
+        refused += int((~made.admissible).sum())
+    save_npz(replace(test, x=torch.cat(stored)), work.folder / "adversarial.npz")
+    return {"n": len(test), "refused": refused, "threat": str(threat)}
+
+
 def measure(work: Work) -> dict[str, Any]:
-    """Measure a network on the test images, with the trigger if there is one."""
+    """Measure a network on the test images, with the trigger if there is one, and on adversarial images if there are any."""
     model = _model(work)
     test = load_data(work.parents["data"] / "test.npz")
     trigger = load_trigger(work.parents["trigger"]) if "trigger" in work.parents else None
@@ -140,8 +178,24 @@ def measure(work: Work) -> dict[str, Any]:
     if work.node.args.get("retuned") and trigger is not None:
         clean = load_data(work.parents["data"] / "clean.npz")
         rates[RETUNED] = asdict(retuned_success(model, clean, test, trigger, generator=work.generator))
+    rates |= {name: asdict(rate) for name, rate in _under_attack(work, model).items()}
     size = {name: value for name, value in asdict(cost(model, test.shape)).items() if value is not None}
     return {"rates": rates, "cost": size}
+
+
+def _under_attack(work: Work, model: Classifier) -> dict[str, Rate]:
+    """Return accuracy on the images made on each network, and on the worst of those made on others."""
+    attacked = {
+        metric: load_data(folder / "adversarial.npz")
+        for metric, folder in work.parents.items()
+        if metric not in ("model", "data", "trigger", "parent")
+    }
+    right = {metric: correct(model, images) for metric, images in attacked.items()}
+    others = [answers for metric, answers in right.items() if metric != "white_box"]
+    if "transfer_parent" in right:
+        right["worst_transfer"] = torch.stack(others).all(dim=0)
+        right["to_parent"] = correct(_model(work, "parent"), attacked["white_box"])
+    return {metric: wilson(int(answers.sum()), len(answers)) for metric, answers in right.items()}
 
 
 def oracle(work: Work) -> dict[str, Any]:

@@ -1,0 +1,147 @@
+"""Plans that attack: somebody's checkpoint as the victim, images made on each network and on others, and what they leave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from secateur.bench.driver import run
+from secateur.bench.executors import make
+from secateur.bench.nodes import expand
+from secateur.bench.plan import read_plan
+from secateur.bench.source import digest
+from secateur.bench.store import Store
+from secateur.bench.tables import rows
+from secateur.data import load_data
+from secateur.errors import DataError, SecateurError
+from secateur.measure import correct
+from secateur.models import load_bundle, save
+from secateur.runs import new_network
+from secateur.state import generator
+from secateur.train import Recipe, train
+
+PLAN = """
+format = 1
+[data]
+name = "fashion-mini"
+clean = 0.2
+train_limit = 400
+test_limit = 150
+[[model]]
+checkpoint = "net"
+label = "theirs"
+[[backdoor]]
+name = "none"
+[[repair]]
+name = "fine-tuning"
+epochs = 1
+[measure]
+metrics = ["accuracy"]
+[evasion]
+name = "pgd"
+eps = "24/255"
+steps = 4
+images = 60
+twin = true
+[[surrogate]]
+name = "convnet"
+width = 4
+label = "Another one"
+seed = 3
+[train]
+epochs = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder, images = tmp_path_factory.mktemp("plans"), load_data("fashion-mini:train", limit=600)
+    network = new_network(images, "convnet", kwargs={"width": 4}, generator=generator(0))
+    save(train(network, images, Recipe(epochs=4, batch_size=32), generator=generator(0)), folder / "net")
+    return folder
+
+
+@pytest.fixture
+def plan(home):
+    return _written(home, PLAN)
+
+
+def _written(home, text):
+    (home / "plan.toml").write_text(text, "utf-8")
+    return read_plan(home / "plan.toml")
+
+
+def test_what_each_network_is_attacked_by(plan):
+    graph = expand(plan, digest)
+    assert plan.metrics == (
+        "accuracy", "white_box", "transfer_parent", "transfer_another_one", "transfer_twin", "worst_transfer", "to_parent",
+    )  # fmt: skip
+    before, after = graph.cells
+    victim, repaired = after.keys[:2]
+    measured = graph.nodes[after.keys[-1]].parents
+    assert measured["parent"] == victim
+    sources = {metric: graph.nodes[graph.nodes[key].parents["model"]] for metric, key in measured.items() if "_" in metric}
+    assert {metric: (node.stage, node.method, node.seed) for metric, node in sources.items()} == {
+        "white_box": ("repair", "fine-tuning", 0),
+        "transfer_parent": ("victim", "none", 0),
+        "transfer_another_one": ("victim", "none", 3),
+        "transfer_twin": ("repair", "fine-tuning", 1),
+    }
+    assert sources["white_box"].key == repaired
+    assert sources["transfer_another_one"].args["recipe"]["epochs"] == 2
+    assert sources["transfer_parent"].args["recipe"] == {}
+    assert graph.nodes[measured["white_box"]].args["settings"]["eps"] == pytest.approx(24 / 255)
+    assert set(graph.nodes[before.keys[-1]].parents) == {"model", "data", "white_box", "transfer_another_one"}
+
+
+def test_rates_under_attack_are_those_of_the_images_kept(plan, tmp_path):
+    store = Store(tmp_path / "store")
+    graph = expand(plan, digest)
+    assert not run(graph, store, make("inline"), plan).failed
+    before, after = rows(graph, store)
+    node = graph.nodes[after.cell.keys[-1]]
+    model = load_bundle(store.folder(after.cell.keys[1]) / "model")
+    parent = load_bundle(store.folder(after.cell.keys[0]) / "model")
+    made = {name: load_data(store.folder(key) / "adversarial.npz") for name, key in node.parents.items() if "_" in name}
+    assert {len(images) for images in made.values()} == {60}
+    right = {name: correct(model, images) for name, images in made.items()}
+    assert {name: after.rates[name]["value"] for name in right} == {
+        name: pytest.approx(float(answers.double().mean())) for name, answers in right.items()
+    }
+    others = [answers for name, answers in right.items() if name != "white_box"]
+    assert after.rates["worst_transfer"]["value"] == pytest.approx(float(torch.stack(others).all(dim=0).double().mean()))
+    assert after.rates["to_parent"]["value"] == pytest.approx(float(correct(parent, made["white_box"]).double().mean()))
+    assert after.rates["white_box"]["n"] == 60
+    assert after.rates["white_box"]["value"] < after.rates["accuracy"]["value"]
+    assert set(before.rates) == {"accuracy", "white_box", "transfer_another_one"}
+    test = load_data(store.folder(node.parents["data"]) / "test.npz")
+    originals = {image.numpy().tobytes() for image in test.x}
+    assert not originals & {image.numpy().tobytes() for image in made["white_box"].x}
+    nearest = (made["white_box"].x[:, None].int() - test.x[None].int()).flatten(2).abs().amax(dim=2).amin(dim=1)
+    assert int(nearest.max()) <= 24
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('name = "none"', 'name = "badnets"', r"cannot be given a backdoor"),
+        ('eps = "24/255"', 'eps = "24/0"', r"eps of \[evasion\] must be a number or a fraction"),
+        ('eps = "24/255"', "eps = [0.1, 0.2]", r"\[evasion\] is one attack"),
+        ("steps = 4", "targeted = true", r"\[evasion\] is untargeted"),
+        ("twin = true", 'twin = "yes"', r"twin of \[evasion\] must be true or false"),
+        ('label = "Another one"', 'label = "parent"', r"labels of their own, other than parent and twin"),
+        ('label = "theirs"', "mean = 0.5", r"mean of \[\[model\]\] must be a list of numbers"),
+        ('label = "theirs"', 'name = "resnet2"', r"unknown architecture 'resnet2'"),
+        ("seed = 3", "seed = -1", r"seed must be whole numbers"),
+        (PLAN[PLAN.index("[evasion]") : PLAN.index("[[surrogate]]")], "", r"\[\[surrogate\]\] is for \[evasion\]"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told(home, old, new, said):
+    assert old in PLAN
+    with pytest.raises(SecateurError, match=said):
+        _written(home, PLAN.replace(old, new, 1))
+
+
+def test_a_checkpoint_that_is_not_there(home):
+    with pytest.raises(DataError, match=r"cannot read .*gone"):
+        _written(home, PLAN.replace('"net"', '"gone"'))
