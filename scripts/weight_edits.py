@@ -49,6 +49,7 @@ from secateur.state import evaluating, generator, seeded
 from secateur.types import ImageSet, to_float
 
 EPS, STEP, STEPS = 0.03, 0.001, 10
+FEWER = 3  # of the published attack's steps
 STUDIED = 200  # images of which the stages are looked at
 RATES = "clean_accuracy", "remnant_accuracy", "strict_attack_success", "prediction_change_rate"
 Make = Callable[[nn.Module, ImageSet], Edited]
@@ -168,12 +169,13 @@ def one(name: str, edited: Edited, images: ImageSet, kind: str, given: Settings)
 
 
 def stage_lines(model: nn.Module, images: ImageSet, given: Settings) -> list[dict[str, object]]:
-    """Return how far the feature maps move at the end of each stage: under the random start alone, and under two attacks."""
+    """Return how far the feature maps move at the end of each stage: under the random start alone, and under attacks."""
     x, y = to_float(images.x[:STUDIED]), images.y[:STUDIED]
     whole = Edited(model, 0.0, adaptive(model))
     climbed = pgd(model, x, y, eps=EPS, steps=given.steps, batch_size=given.batch_size, generator=generator(given.seed))
     attacked = {
         "random start": published(whole, x, y, given, steps=0),
+        f"published, {FEWER} of its steps": published(whole, x, y, given, steps=FEWER),
         "published": published(whole, x, y, given),
         f"pgd, {given.steps} steps": (climbed * 255).round() / 255,
     }

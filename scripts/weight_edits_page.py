@@ -41,7 +41,7 @@ REPORTED: dict[str, tuple[float, float, float, float, float]] = {
     "R=0.1 fixed": (100, 0.2, 0.1, 50.0, 45.0),
 }
 SHOWN = "clean_accuracy", "remnant_accuracy", "strict_attack_success", "prediction_change_rate"
-CLEAN, WEAK, STRONG = "#4d4d4d", "#2f7ebc", "#c8382e"
+CLEAN, WEAKER, WEAK, STRONG = "#4d4d4d", "#8fc1e3", "#2f7ebc", "#c8382e"
 Line = Mapping[str, str]
 Found = dict[str, dict[tuple[str, str], Line]]
 
@@ -152,11 +152,11 @@ def draw_edits(found: Found, path: Path) -> None:
 
 def draw_stages(found: Mapping[str, Sequence[Line]], path: Path) -> None:
     """Draw how far the feature maps move, stage by stage."""
-    figure, places = plt.subplots(1, len(found), figsize=(3 * len(found), 2.9), sharey=True, squeeze=False)
+    figure, places = plt.subplots(1, len(found), figsize=(3 * len(found), 3.6), sharey=True, squeeze=False)
     for axes, (network, lines) in zip(places[0], found.items(), strict=True):
         stages = list(dict.fromkeys(line["stage"] for line in lines))
         attacks = dict.fromkeys(line["images"] for line in lines)
-        for color, name in zip((CLEAN, WEAK, STRONG), attacks, strict=True):
+        for color, name in zip((CLEAN, WEAKER, WEAK, STRONG), attacks, strict=True):
             points = [(stages.index(line["stage"]), line) for line in lines if line["images"] == name and line["l2"]]
             places_at = [at for at, _ in points]
             low, high = ([float(line[f"l2_{end}"]) for _, line in points] for end in ("low", "high"))
@@ -169,7 +169,7 @@ def draw_stages(found: Mapping[str, Sequence[Line]], path: Path) -> None:
         axes.set_xticks(range(len(stages)), stages, fontsize=6, rotation=60 if len(stages) > 6 else 0)
         axes.tick_params(axis="y", labelsize=7)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.legend(fontsize=6, frameon=False)
+        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22))
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     places[0][0].set_ylabel("relative shift of feature maps (L2)", fontsize=7)
