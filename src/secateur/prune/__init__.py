@@ -6,6 +6,7 @@ from .edits import Edited, Resampled, adaptive, clamp, noise, small_entries, spa
 from .grammar import Sentence, apply_and_heal, cut_until, first_crossing, follow, prune
 from .layers import choose_layers, prunable_layers
 from .mask import apply_mask, carry_over, collapsed, parameter_masks, removed
+from .schedule import amount_at, prune_in_rounds, rewound
 from .select import Below, Compression, Count, Fraction, Outliers, Ranking, Until, rank, select
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Sentence",
     "Until",
     "adaptive",
+    "amount_at",
     "apply_and_heal",
     "apply_mask",
     "carry_over",
@@ -37,8 +39,10 @@ __all__ = [
     "parameter_masks",
     "prunable_layers",
     "prune",
+    "prune_in_rounds",
     "rank",
     "removed",
+    "rewound",
     "round_activations",
     "select",
     "small_entries",

@@ -13,17 +13,22 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..data import holdout
 from ..errors import InconclusiveError, MethodError, check_range
 from ..forward import Incremental
 from ..measure import correct, paired_p, wilson
 from ..models.channels import trace_channels
 from ..train import OnStep, Recipe, train
 from ..types import Candidate, Granularity, HardMask, ImageSet, Rate, Repaired, Scores
+from . import magnitude
 from .layers import choose_layers, layer_of_site
+from .lipschitz import lipschitz
 from .mask import Edit, apply_mask, collapsed, edited, masked_values, parameter_masks, removed
 from .select import Amount, Fraction, Order, Ranking, Scope, Until, rank, restrict
 
 SIGNIFICANCE = 0.05
+HELD_OUT = 0.25  # share of the clean images that chooses how much to cut, where a score or factors were fitted to the others
+BLIND: tuple[object, ...] = (magnitude.l1, magnitude.l2, magnitude.random, lipschitz)  # scores that read no images
 
 
 class Score(Protocol):
@@ -68,8 +73,8 @@ def prune(
 ) -> Repaired:
     """Score, select, apply and, if asked, fine-tune with the mask held.
 
-    `Until` is judged on all of ``clean``: the scores at hand use no images and the fine-tuning comes after, so nothing that was
-    fitted to these images is judged on them. (A score that reads images must be cross-fitted.)
+    `Until` is judged on images that the score has not read: on all of ``clean`` for magnitudes and chance, which read none, and
+    for any other score on a quarter that is held out from it. The fine-tuning comes after and has them all.
 
     Args:
         model: Takes images in [0, 1]; not changed.
@@ -84,11 +89,14 @@ def prune(
         MethodError: An argument is out of range, or the layers chosen hold nothing to cut.
         ModelError: The network cannot be traced (channels only).
     """
-    scores = _scores_in(model, clean, sentence, generator)
+    shown, judged = clean, clean
+    if isinstance(sentence.amount, Until) and getattr(sentence.score, "func", sentence.score) not in BLIND:
+        shown, judged = holdout(clean, HELD_OUT, generator=generator)
+    scores = _scores_in(model, shown, sentence, generator)
     ranking = rank(scores, order=sentence.order, scope=sentence.scope)
     path: tuple[Candidate, ...] = ()
     if isinstance(sentence.amount, Until):
-        path, mask = cut_until(model, clean, ranking, sentence.amount, edit=sentence.edit)
+        path, mask = cut_until(model, judged, ranking, sentence.amount, edit=sentence.edit)
     else:
         mask = edited(model, ranking.cut(sentence.amount), sentence.edit)
     healed = apply_and_heal(model, clean, mask, heal=heal, on_step=on_step, generator=generator)

@@ -116,8 +116,9 @@ def removed(mask: HardMask) -> dict[str, int]:
 
 
 def collapsed(mask: HardMask) -> tuple[str, ...]:
-    """Return the names of which the mask leaves nothing (layer collapse)."""
-    return tuple(name for name, keep in mask.keep.items() if not bool(keep.any()))
+    """Return the names of which the mask leaves nothing (layer collapse); biases do not count, a layer does without."""
+    biases = isinstance(mask, WeightMask)
+    return tuple(n for n, keep in mask.keep.items() if not bool(keep.any()) and not (biases and n.endswith(".bias")))
 
 
 def carry_over(mask: ChannelMask, kept: Mapping[str, Tensor]) -> ChannelMask:

@@ -22,8 +22,6 @@ from .grammar import follow
 from .mask import Edit, apply_mask, collapsed, edited
 from .select import Count, rank
 
-HELD_OUT = 0.25  # share of the clean images that chooses how much to cut
-
 
 class Neurons:
     """A frozen copy of a network whose neurons' weights and biases are multiplied by factors on the way.

@@ -73,12 +73,13 @@ def last_channels(model: nn.Module, input_shape: tuple[int, int, int]) -> LastCh
     return LastChannels(sites[-1], readers[-1], torch.tensor([number[root] for root in graph.inputs[readers[-1]].tolist()]))
 
 
-def show(model: nn.Module, images: ImageSet, handle: RemovableHandle) -> None:
-    """Show all images to the network, in eval mode, then take its hook away."""
+def show(model: nn.Module, images: ImageSet, *handles: RemovableHandle) -> None:
+    """Show all images to the network, in eval mode, then take its hooks away."""
     device = next(model.parameters()).device
     try:
         with evaluating(model), torch.no_grad():
             for x, _ in images.batches(batch_size(512)):
                 model(x.to(device))
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

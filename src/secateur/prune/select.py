@@ -6,8 +6,9 @@ Only `Below` and `Outliers`, whose rules are thresholds, cut by value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction as Rational
 from typing import Literal
 
 import torch
@@ -38,7 +39,8 @@ class Fraction:
 class Compression:
     """Cut weights until the whole model has ``total / compression`` parameters left that are not pruned, as GAP computes it.
 
-    Every parameter counts in ``total``; what has no score (biases, norms, layers left out) cannot be cut.
+    Every parameter counts in ``total``; what has no score (biases, norms, layers left out) cannot be cut. With the scope
+    ``layer`` each layer gives nearly the same share, and the sum is exact.
     """
 
     compression: float
@@ -107,8 +109,8 @@ class Ranking:
             for pool in self.pools:
                 flat[pool] = ~self._beyond(values[pool], amount)
             return self._mask(flat)
-        for pool in self.pools:
-            flat[pool[: self._count(amount, len(pool))]] = False
+        for pool, count in zip(self.pools, self._counts(amount), strict=True):
+            flat[pool[:count]] = False
         return self._mask(flat)
 
     def _beyond(self, values: Tensor, amount: Below | Outliers) -> Tensor:
@@ -119,23 +121,26 @@ class Ranking:
             return torch.zeros(len(values), dtype=torch.bool)
         return sign * values < sign * values.mean() - amount.k * values.std()
 
-    def _count(self, amount: Count | Fraction | Compression, size: int) -> int:
+    def _counts(self, amount: Count | Fraction | Compression) -> list[int]:
+        """Return how many entries go from each pool."""
+        sizes = [len(pool) for pool in self.pools]
         if isinstance(amount, Count):
-            check_range("count", amount.count, 0, size)
-            return amount.count
+            for size in sizes:
+                check_range("count", amount.count, 0, size)
+            return [amount.count] * len(sizes)
         if isinstance(amount, Fraction):
             check_range("fraction", amount.fraction, 0, 1)
-            return int(amount.fraction * size + 1e-9)
-        return self._compress(amount, size)
+            return [int(amount.fraction * size + 1e-9) for size in sizes]
+        return shared(self._compress(amount), sizes)
 
-    def _compress(self, amount: Compression, size: int) -> int:
+    def _compress(self, amount: Compression) -> int:
+        """Return how many entries go in all."""
         if self.scores.granularity != "weight":
             raise MethodError("a target compression needs weight scores; use a count or a fraction for channels")
-        prunable = self.size
-        most = amount.total / max(amount.total - prunable, 1)
+        check_range("total", amount.total, self.size, 2**62)
+        most = amount.total / max(amount.total - self.size, 1)
         check_range("compression", amount.compression, 1, most)
-        keep_share = (amount.total / amount.compression - (amount.total - prunable)) / prunable
-        return size - round(keep_share * size)
+        return min(self.size, amount.total - round(amount.total / amount.compression))
 
     def _mask(self, flat: Tensor) -> HardMask:
         keep, start = {}, 0
@@ -143,6 +148,30 @@ class Ranking:
             keep[name] = flat[start : start + values.numel()].reshape(values.shape)
             start += values.numel()
         return WeightMask(keep) if self.scores.granularity == "weight" else ChannelMask(keep)
+
+
+def shared(cut: int, sizes: Sequence[int]) -> list[int]:
+    """Share a cut among pools, each nearly in proportion to its size, so that the parts add up to it.
+
+    By Webster's method: of ``(j - 1/2) / size`` over all pools and ``j = 1..size`` the smallest ``cut`` are taken, ties in
+    order. So a larger cut never takes less from any pool, which rounding by largest remainders does not promise.
+    """
+    total = sum(sizes)
+    counts = [(2 * cut * size + total) // (2 * total) if total else 0 for size in sizes]
+    while (off := cut - sum(counts)) != 0:
+        if off > 0:
+            nearest = min(
+                (i for i, size in enumerate(sizes) if counts[i] < size), key=lambda i: _turn(counts[i] + 1, sizes[i], i)
+            )
+            counts[nearest] += 1
+        else:
+            last = max((i for i, count in enumerate(counts) if count), key=lambda i: _turn(counts[i], sizes[i], i))
+            counts[last] -= 1
+    return counts
+
+
+def _turn(number: int, size: int, pool: int) -> tuple[Rational, int]:
+    return Rational(2 * number - 1, 2 * size), pool
 
 
 def rank(scores: Scores, *, order: Order = "smallest", scope: Scope = "layer") -> Ranking:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..data import holdout, sample
 from ..detect import invert
 from ..errors import MethodError, check_range
+from ..prune.grammar import HELD_OUT
 from ..prune.mask import Edit
-from ..prune.neurons import HELD_OUT, Neurons, cut_lowest, learn
+from ..prune.neurons import Neurons, cut_lowest, learn
 from ..train import OnStep
 from ..types import ImageSet, Repaired, Trigger
 from .anp import adversarial_noise

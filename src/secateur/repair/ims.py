@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..data import holdout, sample
 from ..errors import check_range
+from ..prune.grammar import HELD_OUT
 from ..prune.mask import Edit
-from ..prune.neurons import HELD_OUT, Neurons, cut_lowest
+from ..prune.neurons import Neurons, cut_lowest
 from ..state import seeded
 from ..train import OnStep
 from ..types import ImageSet, Repaired, Scores

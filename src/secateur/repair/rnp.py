@@ -13,8 +13,9 @@ from torch import nn
 
 from ..data import count_steps, holdout, passes, stratified
 from ..errors import check_range
+from ..prune.grammar import HELD_OUT
 from ..prune.mask import Edit
-from ..prune.neurons import HELD_OUT, Neurons, cut_lowest, learn
+from ..prune.neurons import Neurons, cut_lowest, learn
 from ..train import OnStep
 from ..types import ImageSet, Repaired
 from .unlearning import unlearn
