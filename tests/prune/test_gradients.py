@@ -181,7 +181,7 @@ def test_what_cannot_be_scored_is_refused(tiny, images, gen, score):
         score(tiny(), images, granularity="channels", generator=gen)
     with pytest.raises(DataError, match="at least one image, got 0"):
         score(tiny(), images.subset(torch.arange(0)), generator=gen)
-    with pytest.raises(ModelError, match="cannot take .* images of shape"):
+    with pytest.raises(ModelError, match=r"cannot take .* images of shape"):
         score(tiny(), ImageSet(torch.zeros(4, 3, 12, 12, dtype=torch.uint8), images.y[:4], images.classes), generator=gen)
     broken = tiny()
     with torch.no_grad():

@@ -20,8 +20,8 @@ from ..errors import MethodError, check_range
 from ..models import core
 from ..models.channels import trace_channels
 from ..prune import follow
-from ..prune.mask import apply_mask, removed
 from ..prune.grammar import HELD_OUT
+from ..prune.mask import apply_mask, removed
 from ..train import OnStep
 from ..types import ImageSet, Repaired, WeightMask
 from .student import check_loss, graduate, student_of
