@@ -38,6 +38,7 @@ def attack(
     surrogate: Path | None = None,
     train: str | None = None,
     sweep: str | None = None,
+    study: Flag = False,
     resize: Flag = False,
     min_robust: float | None = None,
     fail_on: Literal["info", "low", "medium", "high", "critical"] = "high",
@@ -61,6 +62,7 @@ def attack(
         surrogate: Another network, such as the one before repair: are its images a danger to this one?
         train: Images that the network was trained on, to tell whether it is measured on them.
         sweep: Budgets of the curve, 2/255,4/255,... (default: 1/4 to 4 times eps), or "none".
+        study: Show what the first attack does inside the network, stage by stage, on at most 100 images.
         resize: Resize all images to the size that the network takes.
         min_robust: Exit with 1 unless robust accuracy is established and at least this rate, e.g. 0.4.
         fail_on: The lowest severity of a finding that makes the exit code 1: high is a failed check, medium a warning.
@@ -93,6 +95,7 @@ def attack(
             surrogate=second,
             train=load_data(train, size=size, classes=network.classes) if train else None,
             sweep=curve,
+            study=study,
             seed=run_flags.seed,
             command=["secateur", *sys.argv[1:]],
             on_step=on_step,

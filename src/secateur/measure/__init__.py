@@ -2,7 +2,7 @@
 
 from .accuracy import Evaluation, correct, evaluate, predict
 from .adversarial import Bound, Crafted, ThreatModel, bind, craft
-from .before_after import Grid, WeightShift, image_grid, weight_study
+from .before_after import Grid, StageWeights, WeightShift, image_grid, stage_weights, weight_study
 from .cost import Cost, cost
 from .intervals import paired_p, wilson
 from .layer_study import Histogram, Mean, StageShift, layer_study
@@ -26,6 +26,7 @@ __all__ = [
     "Robustness",
     "Sanity",
     "StageShift",
+    "StageWeights",
     "ThreatModel",
     "TransferMatrix",
     "Visibility",
@@ -43,6 +44,7 @@ __all__ = [
     "robustness",
     "robustness_curve",
     "sanity",
+    "stage_weights",
     "transfer_matrix",
     "visibility",
     "weight_study",

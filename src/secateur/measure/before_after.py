@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import DataError, ModelError, check_range
-from ..models import core
+from ..errors import DataError, ModelError, check_range, unknown
+from ..models import core, stages
 from ..types import to_float
 from .layer_study import Histogram, count, histogram, widened
 
@@ -37,6 +37,25 @@ class WeightShift:
     changed: float
     mean: float
     std: float
+
+
+@dataclass(frozen=True)
+class StageWeights:
+    """The weights of one stage: those of convolutions and linear layers, not of norms, nor biases.
+
+    Attributes:
+        stage: The module at which it ends, relative to ``core(model)``.
+        values: The weights.
+        mean: Of them.
+        std: Of them, as of a whole population.
+        zeros: Share of them that is 0.
+    """
+
+    stage: str
+    values: Histogram
+    mean: float
+    std: float
+    zeros: float
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,50 @@ def weight_study(
         changed = int((a != b).sum()) / a.numel()
         found.append(WeightShift(name, first, second, changed, float(a.mean()), float(a.std(correction=0))))
     return tuple(found)
+
+
+def stage_weights(model: nn.Module, *, after: Sequence[str] | None = None, bins: int = 60) -> tuple[StageWeights, ...]:
+    """Look at the weights of a network, stage by stage.
+
+    A stage has the weights that are defined behind the stage before it, up to the end of its own module. Weights are the
+    parameters called ``weight`` (or ``..._weight``) of two dimensions or more. Stages without any are left out.
+
+    Args:
+        model: Left as it was.
+        after: The modules at which stages end; by default all `models.stages`.
+        bins: Of each histogram, >= 1.
+
+    Raises:
+        MethodError: ``bins`` is out of range.
+        ModelError: There is no such module, or a weight is NaN or infinite.
+    """
+    check_range("bins", bins, 1, 10_000)
+    net = core(model)
+    order = {name: i for i, (name, _) in enumerate(net.named_modules())}
+    parts: dict[str, list[Tensor]] = {}
+    ends = {stage: _end(stage, order) for stage in (stages(model) if after is None else after)}
+    for name, parameter in net.named_parameters():
+        at = order[name.rpartition(".")[0]]
+        behind = [stage for stage, end in ends.items() if at <= end]
+        if behind and parameter.ndim > 1 and name.endswith("weight"):
+            parts.setdefault(min(behind, key=ends.__getitem__), []).append(parameter.detach().flatten())
+    return tuple(_weights_of(stage, torch.cat(parts[stage]).double(), bins) for stage in ends if stage in parts)
+
+
+def _end(stage: str, order: Mapping[str, int]) -> int:
+    """Return the place of the last module within the one that a stage ends with."""
+    if stage not in order:
+        raise ModelError(unknown("layer", stage, filter(None, order)))
+    return max(i for name, i in order.items() if f"{name}.".startswith(f"{stage}."))
+
+
+def _weights_of(stage: str, values: Tensor, bins: int) -> StageWeights:
+    if not bool(values.isfinite().all()):
+        raise ModelError(f"weights must be finite, but those of '{stage}' hold NaN or infinity")
+    low, high = widened(float(values.min()), float(values.max()))
+    zeros = int((values == 0).sum()) / len(values)
+    found = histogram(count(values, low, high, bins), low, high)
+    return StageWeights(stage, found, float(values.mean()), float(values.std(correction=0)), zeros)
 
 
 def image_grid(clean: Tensor, adversarial: Tensor, *, zoom: int = 2) -> Grid:

@@ -142,7 +142,7 @@ def watching(model: nn.Module, after: Sequence[str] | None = None) -> Iterator[W
     def watch(x: Tensor) -> dict[str, Tensor]:
         seen.update({name: [] for name in names})
         model(x.to(device))
-        return {name: _checked(name, outputs) for name, outputs in seen.items()}
+        return {name: _checked(name, outputs, len(x)) for name, outputs in seen.items()}
 
     handles = [
         modules[name].register_forward_hook(lambda _, __, output, name=name: seen[name].append(output)) for name in names
@@ -155,11 +155,14 @@ def watching(model: nn.Module, after: Sequence[str] | None = None) -> Iterator[W
             handle.remove()
 
 
-def _checked(name: str, outputs: list[object]) -> Tensor:
+def _checked(name: str, outputs: list[object], n: int) -> Tensor:
     if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
         kind = f"ran {len(outputs)} times" if len(outputs) != 1 else f"returned a {type(outputs[0]).__name__}"
         raise ModelError(f"a layer to look at must return one tensor each time, but '{name}' {kind}; name other layers")
     values = outputs[0].detach().float()
+    if values.ndim < 2 or len(values) != n or not values.numel():
+        shape = tuple(values.shape)
+        raise ModelError(f"a layer to look at must return ({n}, channels, ...) of {n} images, but '{name}' returned {shape}")
     if not bool(values.isfinite().all()):
         raise ModelError(f"feature maps must be finite, but '{name}' returned NaN or infinity")
     return values

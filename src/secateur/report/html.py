@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import svg, sweep
+from . import multiples, svg, sweep
 from .neurons import views
 from .parts import Bar, Span
 from .sections import COUNTS, headline, learned_label, learned_names, method_line, sections, shorten
@@ -48,9 +48,10 @@ def _page(result: Mapping[str, Any], limits: Mapping[str, int]) -> str:
         compares=bool(result["before"] and result["after"]),
         sortable=SORTABLE,
         drawn={name: drawing for name, drawing in _drawn(result["details"]) if drawing is not None},
-        charts=_charts(result["details"].get("history", ())),
+        charts=_multiples(result["details"]),
         graphs=[(view.caption, svg.neurons(view)) for view in views(result["details"].get("graphs", ()))],
         pictures=_pictures(result["details"].get("trigger")),
+        sheet=_sheet(result["details"].get("study", {}).get("grid")),
         style=_asset("style.css"),
         script=_asset("script.js"),
         style_hash=_hash("style.css"),
@@ -94,7 +95,8 @@ def _typeset(text: str) -> str:
 
 def _drawn(details: Mapping[str, Any]) -> tuple[tuple[str, Markup | None], ...]:
     """Return the drawings that stand for a section's table."""
-    return ("path", _curve(details)), ("sweep", _sweep(details.get("robustness", {})))
+    stages = details.get("study", {}).get("stages", ())
+    return ("path", _curve(details)), ("sweep", _sweep(details.get("robustness", {}))), ("study", multiples.shifts(stages))
 
 
 def _curve(details: Mapping[str, Any]) -> Markup | None:
@@ -108,8 +110,19 @@ def _sweep(measured: Mapping[str, Any]) -> Markup | None:
     return sweep.sweep(points, measured["threat"]) if len(points) > 1 and "error" not in measured["curve"] else None
 
 
-def _charts(history: Sequence[Mapping[str, float]]) -> list[tuple[str, Markup]]:
-    """Return caption and drawing of each number that a repair noted while it learned."""
+def _multiples(details: Mapping[str, Any]) -> dict[str, list[multiples.Multiple]]:
+    """Return the small drawings, each with title and caption, of the sections that have some."""
+    study = details.get("study", {"stages": (), "weights": ()})
+    found = {
+        "learning": _charts(details.get("history", ())),
+        "maps": multiples.maps(study["stages"]),
+        "weights": multiples.weights(study["weights"]),
+    }
+    return {name: drawings for name, drawings in found.items() if drawings}
+
+
+def _charts(history: Sequence[Mapping[str, float]]) -> list[multiples.Multiple]:
+    """Return title and drawing of each number that a repair noted while it learned."""
     along, *names = learned_names(history) or ("",)
     thinned = [*history[: -1 : 1 + max(0, len(history) - 1) // MAX_POINTS], *history[-1:]]
     drawn = []
@@ -117,7 +130,7 @@ def _charts(history: Sequence[Mapping[str, float]]) -> list[tuple[str, Markup]]:
         points = [(entry[along], entry[name]) for entry in thinned if along in entry and name in entry]
         if len(points) > 1 and name not in COUNTS:
             title = clip(learned_label(name), 80)
-            drawn.append((title, svg.chart(points, name, title, (along, learned_label(along)))))
+            drawn.append((title, "", svg.chart(points, name, title, (along, learned_label(along)))))
     return drawn
 
 
@@ -127,3 +140,13 @@ def _pictures(trigger: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         return []
     pairs = (("without the trigger", trigger["clean_png"]), ("with the trigger", trigger["triggered_png"]))
     return [(caption, source) for caption, source in pairs if len(source) <= MAX_PICTURE and PNG.fullmatch(source)]
+
+
+def _sheet(grid: Mapping[str, Any] | None) -> tuple[str, str] | None:
+    """Return caption and source of the picture of attacked images, if it is one."""
+    if grid is None or len(grid["png"]) > MAX_PICTURE or not PNG.fullmatch(grid["png"]):
+        return None
+    places = ", ".join(map(str, grid["images"][:10]))
+    shrunk = f"; shrunk {grid['shrunk']} times each way" if grid["shrunk"] > 1 else ""
+    told = f"Top: images {places}. Middle: under attack. Bottom: the change, {grid['scale']:.3g} times as large{shrunk}; "
+    return told + "mid-grey is no change.", grid["png"]

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from . import robustness, wording
+from . import inside, robustness, wording
 from .parts import Bar, Cell, Record, Section, Span, Table, number_cell, rate_cell, text_cell
 from .wording import Rate, clip, number, plain, setting
 
@@ -37,6 +37,7 @@ def sections(result: Record) -> tuple[Section, ...]:
         _findings([finding for finding in result["findings"] if not (measured and finding["rule"] in ids)]),
         _outcome(result["before"], result["after"]),
         *(robustness.sections(measured) if measured else ()),
+        *inside.sections(details.get("study")),
         _compared(result["before"], details.get("compared", ())),
         _learning(details.get("history", ())),
         _path(details.get("path", ())),

@@ -13,7 +13,7 @@ from .sections import headline, method_line, sections, shorten
 WIDTH = 100
 GAP = "  "
 WORD = 12
-LEFT_OUT = frozenset({"path", "trigger", "reproduce", "passed"})
+LEFT_OUT = frozenset({"path", "trigger", "reproduce", "passed", "maps", "weights"})
 ROWS = 40
 
 

@@ -25,6 +25,7 @@ from ..types import ImageSet, Result
 from . import robust_records as told
 from .evading import Entry, across, chosen
 from .records import check_better_than_chance, check_fit, describe, environment, inputs, measure, now, tool
+from .studying import look_inside
 
 VERSION = 1  # of the procedure: goes up whenever the same arguments give another result
 FEWEST = 10
@@ -59,6 +60,7 @@ def attack(
     train: ImageSet | None = None,
     sweep: Sequence[float] | None = None,
     images: int = LOOKED_AT,
+    study: bool = False,
     seed: int = 0,
     command: Sequence[str] = (),
     on_step: OnStep | None = None,
@@ -81,6 +83,8 @@ def attack(
         train: Images that the network was trained on, to count those that are measured on too.
         sweep: Budgets of the curve, > 0; by default a quarter to four times ``eps``; none for no curve.
         images: How many images the checks and the curve look at, >= 10.
+        study: Whether to record what the first attack does to the feature maps of each stage, on at most 100 images. Where a
+            network's stages cannot be watched, a note in the record says why.
         seed: Of all randomness.
         command: The command line, for the record.
         on_step: Progress.
@@ -98,7 +102,7 @@ def attack(
     before = measure(model, data, None)
     check_better_than_chance(before, data)
     start, threat = time.perf_counter(), ThreatModel(eps, norm)
-    phases = Phases(2 + bool(surrogate) + bool(budgets), on_step, on_note)
+    phases = Phases(2 + bool(surrogate) + bool(budgets) + study, on_step, on_note)
     run = [*entries, *([across(surrogate, eps=eps, norm=norm)] if surrogate else [])]
     bounds = {entry.name: entry.bound for entry in run}
     step = phases.next(f"attacking {len(data):,} images: {', '.join(bounds)}")
@@ -120,7 +124,13 @@ def attack(
     if budgets:
         details["curve"] = _curve(model, data, budgets, threat, images, phases, generator(seed))
         seconds["curve_seconds"] = phases.lap()
+    inside, why = {}, ""
+    if study:
+        phases.next("looking at what the attack does inside, stage by stage")
+        inside, why = look_inside(model, data, entries[0], threat, generator=generator(seed))
+        seconds["study_seconds"] = phases.lap()
     seconds = {"seconds": time.perf_counter() - start, **seconds}
+    notes = [f"{entry.name} could not run: {entry.error}" for entry in run if entry.error]
     findings = told.findings(checked, run)
     args = {"eps": eps, "norm": norm, "methods": [entry.name for entry in run], "images_checked": min(images, len(data)),
             "sweep": list(budgets)}  # fmt: skip
@@ -139,10 +149,11 @@ def attack(
         checks=told.checks(checked),
         findings=[*(model.origin or {}).get("findings", ()), *findings],
         verdict="not-established" if any(finding["severity"] == "high" for finding in findings) else "established",
-        limitations=told.limitations(found, checked, surrogate is not None, train is not None),
+        limitations=told.limitations(found, checked, surrogate is not None, train is not None, inside),
         details={
             "robustness": details,
-            "notes": [f"{entry.name} could not run: {entry.error}" for entry in run if entry.error],
+            **({"study": inside} if inside else {}),
+            "notes": [*notes, *([f"The layer study was not made: {why}."] if why else [])],
         },
     )
     return AttackRun(result, found, checked)

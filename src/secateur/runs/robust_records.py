@@ -105,7 +105,9 @@ def _finding(check: Check) -> dict[str, str]:
     return {"rule": check.id, "severity": severity, "message": f"{check.name}: {check.message}; {check.means}", "where": where}
 
 
-def limitations(found: Robustness, checked: Sanity, surrogate: bool, train: bool) -> list[str]:
+def limitations(
+    found: Robustness, checked: Sanity, surrogate: bool, train: bool, study: Mapping[str, Any] | None
+) -> list[str]:
     """Return what the figure leaves open."""
     tried = ", ".join(name for name in found.by_attack if name != TRANSFER)
     missing = "" if "autoattack" in found.by_attack else "AutoAttack and "
@@ -117,6 +119,10 @@ def limitations(found: Robustness, checked: Sanity, surrogate: bool, train: bool
         f"The checks looked at {checked.upper_bound.n:,} of {len(found.outcomes.y):,} images.",
         "No backdoor was looked for.",
     ]
+    if study:
+        said.append(
+            f"The layer study looked at {study['images']:,} of {len(found.outcomes.y):,} images, under {study['attack']} alone."
+        )
     if not surrogate:
         said.append("No surrogate was given: images made on another network, such as that before a repair, were not tried.")
     if not train:
