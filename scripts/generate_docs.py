@@ -3,15 +3,16 @@
 * ``docs/methods.md``: every method with its settings, from ``methods.py``.
 * The README's results table, from ``results/norm-pruning/cells.csv``.
 * The findings in ``docs/threat-model.md``, from ``intake/findings.py``.
-* The checks in ``docs/robustness.md``, from ``measure/sanity/table.py``.
+* ``docs/checks.md``: every check of a robustness figure, from ``measure/sanity/table.py`` and the docstrings of its functions.
 """
 
 from __future__ import annotations
 
 import csv
 import inspect
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from secateur import methods
@@ -86,13 +87,59 @@ def findings() -> str:
     return "\n".join(f"### {name}\n\n**{rule.severity}.** {rule.title}: {rule.remedy}.\n" for name, rule in RULES.items())
 
 
+CHECKS_PAGE = """# The checks of a robustness figure
+
+Generated from `src/secateur/measure/sanity/` by `make docs`; do not edit.
+
+A robustness figure is what some attacks left over, and every mistake in attacking raises it. These checks look for the known
+mistakes; `secateur attack` runs them all, `secateur.measure.sanity` too ([robustness.md](robustness.md)). Ids never change
+their meaning.
+
+| status | what it says | in the record | in SARIF |
+|---|---|---|---|
+| PASS | this mistake was not found; others may have been made | `ok` | not written |
+| WARN | somebody should look; the figure stands | `finding`, severity medium | `warning` |
+| FAIL | **robustness is not established**: no number may be quoted; exit code 1 | `finding`, severity high | `error` |
+| SKIPPED | could not be judged, and it says why | `skipped` | not written |
+
+"Beyond chance" is a test at 1 in 2000, so that all of them together fail a network for which each just holds in at most 1 of
+100 audits.
+
+| check | asks |
+|---|---|
+"""
+
+
 def checks() -> str:
-    """Return every check of a robustness figure: what it asks, what a failure means, what to do."""
-    parts = []
-    for rule in CHECKS:
-        asked = inspect.cleandoc(rule.judge.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
-        parts.append(f"### {rule.id} {rule.name}\n\n{asked} **A failure means:** {rule.means}. **Then** {rule.remedy}.\n")
+    """Return ``docs/checks.md``: of each check what it measures, why, what its verdicts mean and what to do."""
+    told = {rule: explained(rule.judge) for rule in CHECKS}
+    rows = "".join(f"| [{rule.id}](#{rule.id.lower()}) {rule.name} | {text[0]} |\n" for rule, text in told.items())
+    parts = [CHECKS_PAGE + rows]
+    for rule, (*asked, why, statuses) in told.items():
+        table = "\n".join(f"| {name} | {when} |" for name, when in verdicts(statuses))
+        parts.append(
+            f'<a id="{rule.id.lower()}"></a>\n\n## {rule.id} {rule.name}\n\n**What it measures.** {" ".join(asked)}\n\n'
+            f"**Why it matters.** {capital(why.removeprefix('Why: '))}\n\n| verdict | when |\n|---|---|\n{table}\n\n"
+            f"**What a failure means.** {capital(rule.means)}.\n\n**What to do.** {capital(rule.remedy)}.\n"
+        )
     return "\n".join(parts)
+
+
+def explained(judge: Callable[..., object]) -> list[str]:
+    """Return the paragraphs of a check's docstring: what it asks, more of it, why, and last its verdicts, one a line."""
+    *paragraphs, last = inspect.cleandoc(judge.__doc__ or "").split("\n\n")
+    return [*(paragraph.replace("\n", " ") for paragraph in paragraphs), last]
+
+
+def verdicts(text: str) -> list[tuple[str, str]]:
+    """Return the verdicts that a paragraph lists, ``PASS: ...``, each with when it is given."""
+    found = re.findall(r"^([A-Z]+): (.*?)(?=\n[A-Z]+: |\Z)", text, re.DOTALL | re.MULTILINE)
+    return [(name, capital(when.replace("\n", " "))) for name, when in found]
+
+
+def capital(text: str) -> str:
+    """Return a text that begins with a capital letter, unless it begins with code."""
+    return text[:1].upper() + text[1:]
 
 
 def filled(path: Path, part: str) -> str:
@@ -104,12 +151,12 @@ def filled(path: Path, part: str) -> str:
 
 def main() -> int:
     """Write, or compare and return 1 when something is stale."""
-    threats, robustness = ROOT / "docs" / "threat-model.md", ROOT / "docs" / "robustness.md"
+    threats = ROOT / "docs" / "threat-model.md"
     wanted = {
         ROOT / "docs" / "methods.md": methods_page(),
         ROOT / "README.md": filled(ROOT / "README.md", results_table()),
         threats: filled(threats, findings()),
-        robustness: filled(robustness, checks()),
+        ROOT / "docs" / "checks.md": checks(),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
     if "--check" in sys.argv:

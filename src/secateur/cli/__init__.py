@@ -24,7 +24,7 @@ COMMANDS = {
     "attack": ("secateur.cli.attack:attack", "Measure robustness to small changes, and what speaks against the figure."),
     "train": ("secateur.cli.train:train", "Train a network, for instance a victim on poisoned images."),
     "poison": ("secateur.cli.poison:poison", "Put a backdoor trigger into a training set."),
-    "report": ("secateur.cli.report:report", "Show a result again, as text, HTML, Markdown or JSON."),
+    "report": ("secateur.cli.report:report", "Show a result again, as text, HTML, Markdown, JSON or SARIF."),
     "list": ("secateur.cli.listing:list_methods", "List the methods of one kind, or all settings of one method."),
 }
 BENCH = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from ..errors import check_range
-from .console import complain, progress, say
+from ..errors import MethodError, check_range
+from ..report import render, to_json
+from .console import complain, out, progress, say
 from .files import run_folder, write_result
 from .options import Flag, ModelFlags, Output, RunFlags, Settings, assignments, budget, fresh
-from .repair import show
 
 if TYPE_CHECKING:
     from ..intake import Reading
@@ -42,6 +43,7 @@ def attack(
     resize: Flag = False,
     min_robust: float | None = None,
     fail_on: Literal["info", "low", "medium", "high", "critical"] = "high",
+    format: Literal["text", "json", "sarif", "md"] = "text",
     output: Output = None,
     model_flags: ModelFlags = NO_MODEL_FLAGS,
     run_flags: RunFlags = NO_RUN_FLAGS,
@@ -66,10 +68,14 @@ def attack(
         resize: Resize all images to the size that the network takes.
         min_robust: Exit with 1 unless robust accuracy is established and at least this rate, e.g. 0.4.
         fail_on: The lowest severity of a finding that makes the exit code 1: high is a failed check, medium a warning.
+        format: How to print the result; sarif has the findings for code-scanning services. --json is --format json.
         output: Folder to write to (default: secateur-runs/...).
     """
     folder = fresh(output, overwrite=run_flags.overwrite) if output else None
     amount, curve = budget("--eps", eps), _sweep(sweep)
+    if run_flags.json and format not in ("text", "json"):
+        raise MethodError(f"--json and --format {format} are two forms of one output; give one of them")
+    shape = "json" if run_flags.json else format
     if min_robust is not None:
         check_range("--min-robust", min_robust, 0, 1)
     reading = model_flags.look(model)
@@ -103,7 +109,7 @@ def attack(
         )
     home = folder or run_folder("attack", sys.argv[1:])
     write_result(run.result, home)
-    show(run.result, json=run_flags.json)
+    out(render(json.loads(to_json(run.result)), shape))
     if not run_flags.quiet:
         say(f"written to {home}: open {home / 'report.html'}")
     return gates(run.result, min_robust=min_robust, fail_on=fail_on)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,8 +91,12 @@ def _lines(found: Inspection, all: bool) -> Iterator[str]:
         kinds = sorted({tensor.dtype for tensor in found.tensors})
         yield f"  tensors     {len(found.tensors)} with {found.parameters:,} values, {', '.join(kinds)}"
     for key, value in list(found.facts.items())[: None if all else FACTS]:
-        if key not in ("arch", "input", "classes", "steps"):
+        if key not in ("arch", "input", "classes", "steps", "wrappers"):
             yield f"  {_text(key)[:11]:<11} {_text(str(value))}"
+    if wrappers := [_wrapper(wrapper) for wrapper in _wrappers(found)]:
+        shown = wrappers if all else wrappers[:FACTS]
+        left = len(wrappers) - len(shown)
+        yield f"  wrappers    {'; '.join(shown)}" + (f"; and {left} more (--all)" if left else "")
     if any(finding.rule == "LOD-002" for finding in found.findings):
         yield "  note        it names objects of unknown code: do not unpickle it elsewhere"
     for title, rows in (("findings", _findings(found)), ("tensors", _tensors(found, all))):
@@ -117,6 +121,19 @@ def _network(architecture: Any) -> str:
         return f"of its author's code {_text(str(architecture['factory'].get('ref')))}"
     arguments = ", ".join(f"{key}={value}" for key, value in architecture["kwargs"].items())
     return f"{_text(architecture['name'])}({_text(arguments)})"
+
+
+def _wrappers(found: Inspection) -> Sequence[Mapping[str, Any]]:
+    """Return the edits of feature maps that a bundle keeps; another format may have facts of that name that are none."""
+    return found.facts.get("wrappers", ()) if found.format == "bundle" else ()
+
+
+def _wrapper(wrapper: Mapping[str, Any]) -> str:
+    """Return what one edit does to which feature maps."""
+    after = _text(wrapper["after"])
+    if wrapper["kind"] == "round":
+        return f"rounded to {wrapper['decimals']} decimals after {after}"
+    return f"clamped to [{wrapper['low']:g}, {wrapper['high']:g}] after {after}"
 
 
 def _text(value: str) -> str:

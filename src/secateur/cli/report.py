@@ -10,8 +10,8 @@ from .console import out
 from .options import Output
 
 
-def report(path: Path, /, *, format: Literal["text", "html", "md", "json"] = "text", output: Output = None) -> int:
-    """Show a result as text, HTML, Markdown or JSON.
+def report(path: Path, /, *, format: Literal["text", "html", "md", "json", "sarif"] = "text", output: Output = None) -> int:
+    """Show a result as text, HTML, Markdown, JSON or SARIF.
 
     Args:
         path: A result.json, or a folder that holds one.

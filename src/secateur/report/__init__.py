@@ -1,4 +1,4 @@
-"""Renders results and computes nothing: text, JSON, Markdown and a self-contained HTML page."""
+"""Renders results and computes nothing: text, JSON, SARIF, Markdown and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 from ..errors import MethodError, unknown
 from .markdown import to_markdown
 from .record import read_result, to_json
+from .sarif import record_to_sarif
 from .text import to_text
 
-FORMATS = ("html", "md", "json", "text")
+FORMATS = ("html", "md", "json", "sarif", "text")
 __all__ = ["FORMATS", "read_result", "render", "to_html", "to_json", "to_markdown", "to_text"]
 
 
@@ -27,7 +28,7 @@ def render(result: Mapping[str, Any], format: str) -> str:
     Raises:
         MethodError: There is no such format.
     """
-    renderers = {"html": to_html, "md": to_markdown, "json": to_json, "text": to_text}
+    renderers = {"html": to_html, "md": to_markdown, "json": to_json, "sarif": record_to_sarif, "text": to_text}
     if format not in renderers:
         raise MethodError(unknown("format", format, renderers))
     return renderers[format](result)

@@ -25,8 +25,9 @@ def ratio(mean: Record | None) -> str:
 
 
 def digits(value: float) -> str:
-    """Return a number to three digits."""
-    return f"{value:.2f}" if 0.995 <= abs(value) < 1000 else f"{value:.3g}"
+    """Return a number as ``0.031``, ``0.180`` or ``1.22``, and a very small or large one to three digits."""
+    size = abs(value)
+    return f"{value:.3g}" if size >= 1000 or 0 < size < 0.01 else f"{value:.2f}" if size >= 0.9995 else f"{value:.3f}"
 
 
 def most_moved(stages: Sequence[Record]) -> Record | None:
@@ -43,8 +44,8 @@ def channels(stage: Record) -> str:
 def _moves(study: Record) -> Section:
     stages, n = study["stages"], study["images"]
     lines = [
-        f"Looked at: {n:,} of the images under {plain(study['attack'])}. {study['right']:,} of them are right without it, "
-        f"{study['stood']:,} with it."
+        f"Looked at: {n:,} images under {plain(study['attack'])}; {study['right']:,} of them are right without an attack, "
+        f"{study['stood']:,} under it."
     ]
     if most := most_moved(stages):
         moved = [stage for stage in stages if stage["l2"] is not None]

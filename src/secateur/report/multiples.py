@@ -14,7 +14,8 @@ from .wording import percent, plain
 
 DRAWN = 24  # stages
 WIDTH, ROW, TOP = 640, 26, 6
-LEFT, RIGHT = 160, 520  # of the bars; their names stand before, their numbers behind
+RIGHT = 520  # where bars end at most; their names stand before them, their numbers behind
+LETTER = 7.5  # width of a letter, about
 SMALL = (300, 132)
 NAME = 22  # characters of a stage before a bar
 
@@ -27,7 +28,8 @@ def shifts(stages: Sequence[Record]) -> Markup | None:
     if most is None:
         return None
     top = max(max(stage["l2"]["high"], stage["l2"]["value"]) for stage in stages if stage["l2"] is not None)
-    x = Axis(0.0, top if top > 1e-12 else 1.0, LEFT, RIGHT, 5, share=False)
+    left = 20 + LETTER * max(len(_short(stage)) for stage in stages)
+    x = Axis(0.0, top if top > 1e-12 else 1.0, left, RIGHT, 5, share=False)
     bottom = TOP + ROW * len(stages)
     marks = [tag("line", x1=x(v), x2=x(v), y1=TOP, y2=bottom, class_="grid") for v in x.ticks()]
     marks += [tag("text", x.label(v), x=x(v), y=bottom + 18, text_anchor="middle") for v in x.ticks()]
@@ -41,17 +43,22 @@ def _row(stage: Record, x: Axis, y: float, most: bool) -> list[Markup]:
     found, middle = stage["l2"], y + ROW / 2
     name = plain(stage["stage"])
     title = tag("title", f"{name[:200]}: {ratio(found)}")
-    kind = "most" if most else "label"
-    shown = name if len(name) <= NAME else f"...{name[3 - NAME :]}"
-    marks = [tag("text", title, shown, x=LEFT - 10, y=middle + 4, text_anchor="end", class_=kind)]
+    kind, left = "most" if most else "label", x.start
+    marks = [tag("text", title, _short(stage), x=left - 10, y=middle + 4, text_anchor="end", class_=kind)]
     if found is None:
-        return [*marks, tag("text", ratio(None), x=LEFT + 6, y=middle + 4)]
-    low, value, high = (min(max(x(found[key]), LEFT), RIGHT) for key in ("low", "value", "high"))
-    marks.append(tag("rect", x=LEFT, y=y + 5, width=value - LEFT, height=ROW - 10, class_="most" if most else "less"))
+        return [*marks, tag("text", ratio(None), x=left + 6, y=middle + 4)]
+    low, value, high = (min(max(x(found[key]), left), RIGHT) for key in ("low", "value", "high"))
+    marks.append(tag("rect", x=left, y=y + 5, width=value - left, height=ROW - 10, class_="most" if most else "less"))
     marks.append(tag("line", x1=low, x2=high, y1=middle, y2=middle, class_="whisker"))
     marks += [tag("line", x1=at, x2=at, y1=middle - 4, y2=middle + 4, class_="whisker") for at in (low, high)]
     marks.append(tag("text", digits(found["value"]), x=RIGHT + 16, y=middle + 4, class_=kind))
     return marks
+
+
+def _short(stage: Record) -> str:
+    """Return the end of a stage's name, which tells it from others."""
+    name = plain(stage["stage"])
+    return name if len(name) <= NAME else f"...{name[3 - NAME :]}"
 
 
 def maps(stages: Sequence[Record]) -> list[Multiple]:
@@ -63,7 +70,9 @@ def maps(stages: Sequence[Record]) -> list[Multiple]:
 
 def _map(stage: Record) -> Multiple:
     name = plain(stage["stage"])[:80]
-    drawing = _histogram(f"Feature maps of {name}, clean and under attack", stage["edges"], stage["clean"], stage["adversarial"])
+    drawing = _histogram(
+        f"Feature maps of {name}, clean and under attack", stage["edges"], stage["clean"], stage["adversarial"]
+    )
     told = "relative shift not measured" if stage["l2"] is None else f"relative shift {digits(stage['l2']['value'])}"
     if stage["largest"] is not None:
         told += f", largest change {percent(stage['largest'], 0)} of the range"

@@ -105,9 +105,7 @@ def _finding(check: Check) -> dict[str, str]:
     return {"rule": check.id, "severity": severity, "message": f"{check.name}: {check.message}; {check.means}", "where": where}
 
 
-def limitations(
-    found: Robustness, checked: Sanity, surrogate: bool, train: bool, study: Mapping[str, Any] | None
-) -> list[str]:
+def limitations(found: Robustness, checked: Sanity, surrogate: bool, train: bool, study: Mapping[str, Any] | None) -> list[str]:
     """Return what the figure leaves open."""
     tried = ", ".join(name for name in found.by_attack if name != TRANSFER)
     missing = "" if "autoattack" in found.by_attack else "AutoAttack and "

@@ -78,6 +78,7 @@ def look_inside(
         "stages_left_out": len(stages(model)) - len(after),
     }
     shown = broken if len(broken) else torch.arange(len(some))
+    shown = shown[:: max(1, len(shown) // PICTURES[0][0])]  # of all classes, where data come class by class
     return {**found, **_picture(to_float(some.x[shown]), adversarial[shown], places[shown])}, ""
 
 
@@ -134,7 +135,9 @@ def _picture(clean: Tensor, adversarial: Tensor, places: Tensor) -> dict[str, An
     """Return the field ``grid``: as many images as a record has room for; nothing where images cannot be drawn."""
     side = min(clean.shape[-2:])
     for count, shrunk in PICTURES:
-        pair = [part[:count] if shrunk == 1 else nn.functional.avg_pool2d(part[:count], shrunk) for part in (clean, adversarial)]
+        pair = [
+            part[:count] if shrunk == 1 else nn.functional.avg_pool2d(part[:count], shrunk) for part in (clean, adversarial)
+        ]
         try:
             grid = image_grid(*pair, zoom=2 if side <= SMALL else 1)
         except DataError:

@@ -27,7 +27,14 @@ RIGHTED = 0.05  # of the images wrong when clean; noise rights next to none, a m
 
 
 def all_ran(e: Evidence) -> Verdict:
-    """Every attack must get gradients and finite answers; one that does not has shown nothing."""
+    """Every attack must get gradients and finite answers; one that does not has shown nothing.
+
+    Why: an attack that breaks off for lack of a gradient is the plainest of failures, and scripts that catch the error
+    report full accuracy (Pintor et al. 2022, arXiv:2106.09947).
+
+    PASS: every attack ran.
+    FAIL: one could not.
+    """
     runs = [*e.runs.values(), *e.sweep.values()]
     broken = [run for run in runs if run.error]
     if not broken:
@@ -36,7 +43,14 @@ def all_ran(e: Evidence) -> Verdict:
 
 
 def within_eps(e: Evidence) -> Verdict:
-    """No image may lie farther than eps + 1e-6, before rounding; those that do were not counted."""
+    """No image may lie farther than eps + 1e-6, before rounding; those that do were not counted.
+
+    Why: eps counted after normalisation or for pixels up to 255 is the commonest slip of units; figures compare only within
+    the same threat model (Carlini et al. 2019, arXiv:1902.06705; Croce et al. 2021, arXiv:2010.09670).
+
+    PASS: no image is farther than eps + 1e-6.
+    FAIL: one is.
+    """
     excess = {run.name: run.distance - e.settings.threat.eps for run in _tried(e)}
     name = max(excess, key=lambda key: excess[key])
     told = f"largest distance: {e.settings.threat.eps + excess[name]:.6g} by {name}, allowed {e.settings.threat.eps:.6g}"
@@ -44,7 +58,13 @@ def within_eps(e: Evidence) -> Verdict:
 
 
 def within_pixels(e: Evidence) -> Verdict:
-    """No image may leave [0, 1]; those that do were not counted."""
+    """No image may leave [0, 1]; those that do were not counted.
+
+    Why: the threat model is about images: values in [0, 1] (Carlini et al. 2019, arXiv:1902.06705).
+
+    PASS: no value is beyond [0, 1] by more than 1e-6.
+    FAIL: one is.
+    """
     run = max(_tried(e), key=lambda run: run.outside)
     told = f"farthest beyond [0, 1]: {run.outside:.3g} by {run.name}"
     return Verdict("FAIL" if run.outside > TOLERANCE else "PASS", run.outside, told)
@@ -54,6 +74,12 @@ def survives_files(e: Evidence) -> Verdict:
     """What breaks the network as returned must break it as an 8-bit file; WARN beyond a point of accuracy.
 
     It is no fault of the network, but the number is then one for images that no file holds.
+
+    Why: what reaches a network is mostly a file, and rounding to 8 bit undoes small changes (Kurakin et al. 2017,
+    arXiv:1607.02533).
+
+    PASS: at most a point of accuracy comes back.
+    WARN: more comes back.
     """
     runs = [*run_of(e, "pgd"), *(e.runs[name] for name in e.given if not e.runs[name].error)]
     lost = {run.name: (run.broken & ~run.stored, int(run.broken.sum()) - int(run.stored.sum())) for run in runs}
@@ -69,6 +95,13 @@ def leaves_the_true_label(e: Evidence) -> Verdict:
 
     The second is judged where our own PGD, which gets the true labels, comes nearer: else the gradient is at fault. Wrong
     images that come nearer to being right are a warning, because noise may do that.
+
+    Why: an attack that moves away from the network's own answer, the default of some libraries, leaves images that were wrong
+    alone or puts them right (a mistake in the sense of Carlini et al. 2019, arXiv:1902.06705).
+
+    PASS: wrong images stay wrong, and right ones come nearer to an error.
+    WARN: wrong images come nearer to being right more often than chance has it.
+    FAIL: more than 5 % of the wrong images are put right, or right ones go farther from an error.
     """
     verdicts = [_true_label(e, e.runs[name]) for name in e.given if not e.runs[name].error]
     return worst(verdicts) if verdicts else Verdict("PASS", 0.0, "all attacks got the labels of the data")
@@ -91,7 +124,14 @@ def _true_label(e: Evidence, run: Run) -> Verdict:
 
 
 def can_reach(e: Evidence) -> Verdict:
-    """Steps that together are shorter than eps cannot reach the border of the ball."""
+    """Steps that together are shorter than eps cannot reach the border of the ball.
+
+    Why: the strongest points lie mostly on the border of the ball, and steps too short never get there (Croce and Hein
+    2020, arXiv:2003.01690, on step sizes).
+
+    PASS: steps * step_size is at least eps, or the attack sets its own steps.
+    FAIL: it is less.
+    """
     ways: dict[str, float] = {}
     for name in ("pgd", *e.given):
         way = _way(e.runs[name].settings)
@@ -110,13 +150,28 @@ def _way(settings: Mapping[str, object]) -> float | None:
 
 
 def one_step_no_better(e: Evidence) -> Verdict:
-    """FGSM, and one step from a random point, must not break more images than PGD; FAIL beyond a point, by the paired test."""
+    """FGSM, and one step from a random point, must not break more images than PGD; FAIL beyond a point, by the paired test.
+
+    Why: where one step does better than many, the gradient near the image points elsewhere than farther out: a sign of
+    masking (Athalye et al. 2018, arXiv:1802.00420, section 3.1; Tramer et al. 2018, arXiv:1705.07204).
+
+    PASS: neither breaks more than a point more.
+    WARN: one does, which may be chance.
+    FAIL: one does, and it is no chance.
+    """
     fgsm, one, many = run_of(e, "fgsm", "one step", "pgd")
     return worst([not_stronger(e, fgsm, many), not_stronger(e, one, many)])
 
 
 def union_adds_little(e: Evidence) -> Verdict:
-    """PGD alone must be within a point of the union over all attacks, which is the claim; else WARN."""
+    """PGD alone must be within a point of the union over all attacks, which is the claim; else WARN.
+
+    Why: robust accuracy is that of the worst attack on each image; one attack alone is an overstatement (Carlini et al.
+    2019, arXiv:1902.06705; Croce and Hein 2020, arXiv:2003.01690).
+
+    PASS: PGD misses at most a point.
+    WARN: it misses more.
+    """
     [pgd] = run_of(e, "pgd")
     missed = e.right & ~e.standing & ~pgd.broken
     value = int(missed.sum()) / len(e.data)
@@ -125,7 +180,15 @@ def union_adds_little(e: Evidence) -> Verdict:
 
 
 def twice_the_steps(e: Evidence) -> Verdict:
-    """Twice the steps must break no more than a point more images; FAIL beyond it, by the paired test."""
+    """Twice the steps must break no more than a point more images; FAIL beyond it, by the paired test.
+
+    Why: an attack that has not converged says how long it ran, not how robust the network is (Carlini et al. 2019,
+    arXiv:1902.06705; Pintor et al. 2022, arXiv:2106.09947).
+
+    PASS: at most a point more falls.
+    WARN: more falls, which may be chance.
+    FAIL: more falls, and it is no chance.
+    """
     once, twice = run_of(e, "pgd", "pgd, twice the steps")
     return not_stronger(e, twice, once)
 
@@ -135,6 +198,13 @@ def losses_agree(e: Evidence) -> Verdict:
 
     No factor on the logits changes the sign of the margin's gradient. Sound networks differ by 1 to 3 points between the two,
     those that hide gradients by tens.
+
+    Why: large logits blind cross-entropy and leave losses without a scale alone (Croce and Hein 2020, arXiv:2003.01690;
+    Mosbach et al. 2018, arXiv:1810.12042).
+
+    PASS: they agree within a point.
+    WARN: they differ by up to 5 points, or by more by chance.
+    FAIL: they differ by more, and it is no chance.
     """
     entropy, margin = run_of(e, "pgd", "pgd, margin")
     found = [not_stronger(e, margin, entropy, margin=LOSSES), not_stronger(e, entropy, margin, margin=LOSSES)]
@@ -145,6 +215,13 @@ def better_than_noise(e: Evidence) -> Verdict:
     """PGD must come nearer to an error than ten draws of noise on most images, by the sign test; FAIL if not even in count.
 
     Margins tell it where both break nothing, or nearly nothing, and the rates cannot.
+
+    Why: random changes are the weakest attack there is; a gradient that does no better carries nothing (Carlini et al.
+    2019, arXiv:1902.06705, on brute force).
+
+    PASS: PGD comes nearer to an error on most images, beyond chance, or breaks all of them.
+    WARN: on most in count only.
+    FAIL: not on most.
     """
     pgd, noise = run_of(e, "pgd", "random noise")
     ahead, behind = wins(pgd.margin, noise.margin)
@@ -155,12 +232,28 @@ def better_than_noise(e: Evidence) -> Verdict:
 
 
 def square_no_better(e: Evidence) -> Verdict:
-    """Square must break nothing that white-box attacks leave; WARN for any image, FAIL beyond 1 % by a binomial test."""
+    """Square must break nothing that white-box attacks leave; WARN for any image, FAIL beyond 1 % by a binomial test.
+
+    Why: an attack that only asks for answers has less to go by than one with gradients; where it wins, they are masked
+    (Andriushchenko et al. 2020, arXiv:1912.00049; Athalye et al. 2018, arXiv:1802.00420, section 3.1).
+
+    PASS: it breaks no more images.
+    WARN: it breaks some.
+    FAIL: it breaks more than 1 %, beyond chance.
+    """
     return _exceptions(e, "square")
 
 
 def transfer_no_better(e: Evidence) -> Verdict:
-    """MI-FGSM on the surrogate must break nothing that white-box attacks leave; WARN for any, FAIL beyond 1 % by a test."""
+    """MI-FGSM on the surrogate must break nothing that white-box attacks leave; WARN for any, FAIL beyond 1 % by a test.
+
+    Why: images made on another network have less to go by than the network's own gradient; where they win, it is masked
+    (Papernot et al. 2017, arXiv:1602.02697; Athalye et al. 2018, arXiv:1802.00420, section 3.1).
+
+    PASS: they break no more images.
+    WARN: they break some.
+    FAIL: they break more than 1 %, beyond chance.
+    """
     return _exceptions(e, "transfer")
 
 
@@ -173,7 +266,15 @@ def _exceptions(e: Evidence, name: str) -> Verdict:
 
 
 def sweep_is_monotone(e: Evidence) -> Verdict:
-    """PGD must not break fewer images at a larger budget: half, once, twice, all; FAIL beyond a point, by the paired test."""
+    """PGD must not break fewer images at a larger budget: half, once, twice, all; FAIL beyond a point, by the paired test.
+
+    Why: every image within a small ball lies in the larger one, too, so that a better result at a larger budget is a
+    failure of the attack (Carlini et al. 2019, arXiv:1902.06705, on varying the budget).
+
+    PASS: no larger budget breaks more than a point less.
+    WARN: one does, which may be chance.
+    FAIL: one does, and it is no chance.
+    """
     [base] = run_of(e, "pgd")
     runs = [run for _, run in sorted({**e.sweep, e.settings.threat.eps: base}.items())]
     return worst([not_stronger(e, small, large) for small, large in pairwise(runs)])
@@ -183,6 +284,13 @@ def far_reaches_chance(e: Evidence) -> Verdict:
     """At a budget that can make every image grey, accuracy must fall to chance; FAIL above it by a binomial test.
 
     A grey image gets one answer, so no network is right more often than the commonest class is there.
+
+    Why: with an unbounded budget every network fails, so that an attack which then does not succeed does not work (Athalye
+    et al. 2018, arXiv:1802.00420, section 3.1; Carlini et al. 2019, arXiv:1902.06705).
+
+    PASS: accuracy is at most chance.
+    WARN: above it, which may be chance.
+    FAIL: above it, and it is no chance.
     """
     [base] = run_of(e, "pgd")
     run = usable(e.sweep.get(e.settings.far, base))
