@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from secateur.errors import DataError, InconclusiveError, MethodError, ModelError
-from secateur.measure import image_grid, layer_study, weight_study
+from secateur.measure import image_grid, layer_study, stage_weights, weight_study
 from secateur.models import wrappers_of
 from secateur.prune import clamp_activations, clean_bounds, edit_activations, noise, round_activations, sparsify
 from secateur.state import generator
@@ -116,6 +116,9 @@ def test_what_cannot_be_studied():
     with pytest.raises(ModelError, match="no stages to look at"):
         layer_study(nn.ReLU(), CLEAN, ATTACKED)
     twice = nn.Sequential(nn.Flatten(), relu := nn.ReLU(), nn.Linear(2, 2), relu)
+    flat = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 2)), nn.Linear(2, 2))
+    with pytest.raises(ModelError, match=r"must return \(2, channels, ...\) of 2 images, but '0' returned \(4,\)"):
+        layer_study(flat, CLEAN, ATTACKED, after=["0"])
     with pytest.raises(ModelError, match=r"one tensor each time, but '1' ran 2 times"):
         layer_study(twice, CLEAN, ATTACKED, after=["1"])
 
@@ -136,6 +139,30 @@ def test_weights_before_and_after(tiny):
         weight_study(tiny(), net)
     with pytest.raises(ModelError, match=r"must have the parameter 'nothing'"):
         weight_study(net, edited, names=["nothing"])
+
+
+def test_weights_by_stage(tiny):
+    """Weights up to the end of a stage are its own, those of norms and biases nobody's."""
+    net = two_layers()
+    first, second = stage_weights(net, bins=2)
+    assert (first.stage, second.stage) == ("1", "2")
+    assert (first.values.edges, first.values.counts) == ((0.0, 1.0, 2.0), (2, 2))
+    assert (first.mean, first.zeros) == (0.75, 0.5)
+    assert first.std == pytest.approx(math.sqrt(5 / 4 - 0.75**2))
+    assert second.values.counts == (0, 2)
+    found = {stage.stage: sum(stage.values.counts) for stage in stage_weights(tiny())}
+    assert found == {
+        f"bn{i}" if i < 5 else "linear": getattr(tiny().net, f"conv{i}" if i < 5 else "linear").weight.numel()
+        for i in range(1, 6)
+    }
+    assert [stage.stage for stage in stage_weights(tiny(), after=["bn4", "bn2"])] == ["bn4", "bn2"]
+    assert sum(stage_weights(tiny(), after=["bn2"])[0].values.counts) == found["bn1"] + found["bn2"]
+    with pytest.raises(ModelError, match=r"unknown layer 'bn22'"):
+        stage_weights(tiny(), after=["bn22"])
+    with torch.no_grad():
+        net[2].weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"weights must be finite, but those of '2'"):
+        stage_weights(net)
 
 
 def test_pictures_show_images_attack_and_difference():

@@ -302,6 +302,43 @@ def attacked() -> dict[str, Any]:
     return changed
 
 
+def studied() -> dict[str, Any]:
+    """Return the record of a measurement of robustness with a study of three stages; one of them is silent."""
+    changed = attacked()
+    shifts: dict[str, float | None] = {"conv1": 0.05, "features.0": None, "layer3.very.long.name.of.a.block": 0.83}
+    stages = [
+        {
+            "stage": name,
+            "low": 0.0,
+            "high": 6.5,
+            "edges": [-0.5, 7.0],
+            "clean": [90, 30, 10, 0],
+            "adversarial": [70, 40, 15, 5],
+            "l2": None if shift is None else {"value": shift, "low": 0.9 * shift, "high": 1.1 * shift, "n": 64},
+            "largest": None if shift is None else 0.4,
+            "channels": 16,
+            "moved": [] if shift is None else [{"channel": 12, "shift": 2 * shift}, {"channel": 3, "shift": shift}],
+        }
+        for name, shift in shifts.items()
+    ]
+    weights = [
+        {"stage": name, "edges": [-0.4, 0.6], "counts": [3, 40, 20, 1], "mean": 0.01, "std": 0.123456, "zeros": 0.25}
+        for name in shifts
+    ]
+    changed["details"]["study"] = {
+        "images": 64,
+        "attack": "pgd (cross-entropy)",
+        "budget": "pgd(eps=0.03137)",
+        "right": 60,
+        "stood": 2,
+        "stages": stages,
+        "weights": weights,
+        "stages_left_out": 0,
+        "grid": {"png": png(), "scale": 15.9375, "images": [5, 60, 700], "shrunk": 1},
+    }
+    return changed
+
+
 def not_established() -> dict[str, Any]:
     """Return the record of a network whose gradient misleads: one attack could not run, another broke the rules."""
     changed = attacked()
@@ -319,6 +356,7 @@ def not_established() -> dict[str, Any]:
 VARIANTS = {
     "attack": attacked,
     "attack, not established": not_established,
+    "attack, studied": studied,
     "full": record,
     "without trigger": without_trigger,
     "bare": bare,
@@ -330,7 +368,7 @@ VARIANTS = {
 
 def fill(value: Any, text: str) -> Any:
     """Return a copy with every string and every free key replaced by ``text``, but for words from a closed set."""
-    closed = {"kind", "verdict", "status", "severity", "clean_png", "triggered_png", "threat"}
+    closed = {"kind", "verdict", "status", "severity", "clean_png", "triggered_png", "png", "threat"}
     if isinstance(value, dict):
         return {k: copy.deepcopy(v) if k in closed and k != "kind" else fill(v, text) for k, v in value.items()}
     if isinstance(value, list):

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from report_records import HOSTILE, VARIANTS, attacked, hostile, learned, not_established, record
+from report_records import HOSTILE, VARIANTS, attacked, hostile, learned, not_established, record, studied
 
 from secateur.errors import DataError
 from secateur.report import FORMATS, read_result, render, to_json
@@ -62,7 +62,7 @@ def test_good_records_are_accepted(name: str, tmp_path: Path) -> None:
 
 def test_hostile_records_are_accepted_as_text(tmp_path: Path) -> None:
     for text in HOSTILE:
-        for made in (record, learned, attacked, not_established):
+        for made in (record, learned, attacked, not_established, studied):
             VALIDATOR.validate(hostile(text, made))
             assert problem(hostile(text, made)) is None
 

@@ -77,7 +77,7 @@ def _keys(path: Path, found: Iterable[str], split: str | None) -> tuple[str, str
     missing = [key for key in keys if key not in there]
     if missing:
         splits = [key.removesuffix("_x") for key in there if key.endswith("_x")]
-        remedy = f"; write {printable(path)}:{printable(splits[0])}" if splits else "; rename them"
+        remedy = f"; write {printable(path)}:{printable(splits[0])}" if splits else "; add or rename them"
         has = ", ".join(printable(key) for key in there[:8]) or "nothing"
         raise DataError(f"{printable(path)} must hold {' and '.join(map(repr, keys))}, but has {has}{remedy}")
     return keys

@@ -98,7 +98,9 @@ def _histogram(title: str, edges: Sequence[float], first: Sequence[int], second:
     width, height = SMALL
     bottom = height - 24
     low, high = min(edges), max(edges)
-    low, high = (low, high) if high - low > 1e-9 * max(abs(low), abs(high), 1e-9) else (low - 0.5, low + 0.5)
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * max(size, 1e-9):  # all but one value
+        low, high = low - max(0.5, 0.01 * size), high + max(0.5, 0.01 * size)
     x = Axis(low, high, 6, width - 6, 4, share=False)
     top = math.log1p(max(max(first), max(second or (0,)), 1))
     marks = [tag("line", x1=x(v), x2=x(v), y1=bottom, y2=bottom + 4, class_="axis") for v in x.ticks()]

@@ -33,7 +33,7 @@ def measure(model: Classifier, data: ImageSet, trigger: Trigger | None) -> dict[
 def check_fit(model: Classifier, data: ImageSet) -> None:
     """Raise `ModelError` unless the images have the network's shape and number of classes."""
     if data.shape != model.input_shape:
-        raise ModelError(f"the network takes images of shape {model.input_shape}, got {data.shape}; resize with --input-size")
+        raise ModelError(f"the network takes images of shape {model.input_shape}, got {data.shape}; use --resize (size=)")
     if len(data.classes) != len(model.classes):
         raise ModelError(f"the network has {len(model.classes)} classes, the images have {len(data.classes)}")
 
