@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from secateur.cli.options import budget
 from secateur.data import save_npz
 from secateur.errors import MethodError
 from secateur.models import save
+from secateur.types import ImageSet
 
 
 @pytest.fixture
@@ -93,7 +96,11 @@ def test_methods_are_chosen_by_name(files, capsys):
 MISTAKES = [
     (["--eps", "8/0"], 2, "--eps must be a number above 0, like 8/255 or 0.03, got '8/0'"),
     (["--eps", "eight"], 2, "--eps must be a number above 0"),
-    (["--eps", "8"], 2, "eps must lie in [0, 1], got 8"),
+    (["--eps", "8"], 2, "eps must lie in [0, 1], got 8: pixels go from 0 to 1, so write 8/255 for grey levels"),
+    (["--eps", "-1"], 2, "--eps must be a number above 0"),
+    (["--eps", "0.1", "--json", "--format", "sarif"], 2, "--json and --format sarif are two forms of one output"),
+    (["--eps", "0.1", "--format", "xml"], 2, "xml"),
+    (["--eps", "0.1", "--input-size", "32"], 2, "a bundle says its own input_size"),
     (["--eps", "0.1", "--method", "pdg"], 2, "did you mean 'pgd'"),
     (["--eps", "0.1", "--set", "eps=0.2"], 2, "'eps' is the same for all attacks"),
     (["--eps", "0.1", "--set", "stesp=2"], 2, "did you mean 'steps'"),
@@ -134,6 +141,60 @@ def test_a_budget_is_a_number_or_a_fraction(text, value):
 def test_a_budget_that_is_none_is_refused(text):
     with pytest.raises(MethodError, match=r"--eps must be a number above 0, like 8/255 or 0.03, got "):
         budget("--eps", text)
+
+
+def test_images_of_another_size_are_told_how_to_fit(files, capsys):
+    save_npz(
+        ImageSet(torch.zeros(30, 1, 10, 10, dtype=torch.uint8), torch.arange(30) % 3, ("a", "b", "c")), files / "small.npz"
+    )
+    assert run(["attack", "net", "--data", "small.npz", "--eps", "0.1", "-q"]) == 2
+    assert "takes images of shape (1, 12, 12), got (1, 10, 10); use --resize" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(files, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    assert run([*ATTACK, "--method", "autoattack"]) == 2
+    assert "autoattack needs pyautoattack; run: pip install secateur[robust]" in capsys.readouterr().err
+
+
+def test_a_study_is_written_if_asked(files, capsys, schema):
+    assert run([*ATTACK, "--study", "--limit", "30", "-o", "out"]) == 0
+    record = json.loads((files / "out" / "result.json").read_text())
+    schema.validate(record)
+    assert record["details"]["study"]["images"] == 30
+    assert "WHERE THE ATTACK MOVES THE NETWORK" in capsys.readouterr().out
+    page = (files / "out" / "report.html").read_text()
+    assert page.count('class="chart multiple"') == 10
+    assert record["details"]["study"]["grid"]["png"] in page
+
+
+def test_sarif_has_every_finding_with_its_rule(files, capsys):
+    code = run(["attack", "large", "--data", "test.npz", "--eps", "0.05", *FAST, "--format", "sarif", "-o", "out"])
+    assert code == 1
+    log = json.loads(capsys.readouterr().out)
+    record = json.loads((files / "out" / "result.json").read_text())
+    [told] = log["runs"]
+    assert (log["version"], told["tool"]["driver"]["name"]) == ("2.1.0", "secateur")
+    assert [result["ruleId"] for result in told["results"]] == [finding["rule"] for finding in record["findings"]]
+    assert "ADV-010" in {result["ruleId"] for result in told["results"]}
+    rules = told["tool"]["driver"]["rules"]
+    checks = {check["id"]: check for check in record["checks"]}
+    for finding, result in zip(record["findings"], told["results"], strict=True):
+        rule = rules[result["ruleIndex"]]
+        assert rule["id"] == result["ruleId"]
+        assert (
+            result["level"]
+            == {"medium": "warning", "high": "error"}[finding["severity"]]
+            == rule["defaultConfiguration"]["level"]
+        )
+        assert result["message"]["text"] == finding["message"]
+        assert rule["helpUri"].endswith(f"/checks.md#{rule['id'].lower()}")
+        assert re.match("[a-z]+:", rule["helpUri"])  # a URI, not a path: SARIF 2.1.0, 3.49.12
+        assert rule["help"]["text"] == checks[rule["id"]]["remedy"]
+        assert checks[rule["id"]]["means"] in rule["shortDescription"]["text"]
+        assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "large"
+    assert run(["report", "out", "--format", "sarif"]) == 0
+    assert json.loads(capsys.readouterr().out) == log
 
 
 def test_wrong_labels_are_inconclusive(files, bars, capsys):

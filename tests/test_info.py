@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from email.message import Message
 from importlib.resources import files as resources
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from secateur.cli import run
 from secateur.intake.findings import RULES
 from secateur.intake.inspect import inspect
-from secateur.models import build, load_bundle, save
+from secateur.models import build, load_bundle, save, wrap
+from secateur.report import sarif
 from secateur.report.sarif import LEVELS
 
 SCHEMA = json.loads(resources("secateur.intake").joinpath("info.schema.json").read_text("utf-8"))
@@ -142,6 +144,68 @@ def test_sarif(folder, capsys, name):
         assert result["level"] == LEVELS[RULES[result["ruleId"]].severity]
         assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == name
     assert len(found["results"]) == len(inspect(folder / name, match=False).findings)
+
+
+def test_edits_of_feature_maps_are_told(trained, tmp_path, capsys):
+    edits = [
+        {"after": "bn1", "kind": "round", "decimals": 2},
+        {"after": "bn2", "kind": "clamp", "low": -1.0, "high": 0.5},
+    ]
+    save(wrap(trained, edits), tmp_path / "edited")
+    save(trained, tmp_path / "plain")
+    code, found = record(capsys, str(tmp_path / "edited"))
+    assert code == 0
+    assert found["facts"]["wrappers"] == edits
+    for quick in ([], ["--quick"]):
+        run(["info", str(tmp_path / "edited"), *quick])
+        assert "  wrappers    rounded to 2 decimals after bn1; clamped to [-1, 0.5] after bn2\n" in capsys.readouterr().out
+    run(["info", str(tmp_path / "plain")])
+    assert "wrappers" not in capsys.readouterr().out
+
+
+def test_many_edits_are_cut_short_unless_all_are_wanted(trained, tmp_path, capsys):
+    save(wrap(trained, [{"after": "bn1", "kind": "round", "decimals": 2}] * 20), tmp_path / "edited")
+    run(["info", str(tmp_path / "edited")])
+    assert "; and 8 more (--all)\n" in capsys.readouterr().out
+    run(["info", str(tmp_path / "edited"), "--all"])
+    assert capsys.readouterr().out.count("rounded to 2 decimals") == 20
+
+
+def test_rules_of_the_door_have_an_address(folder, capsys):
+    run(["info", "hostile.pt", "--format", "sarif", "--quick"])
+    [rule] = json.loads(capsys.readouterr().out)["runs"][0]["tool"]["driver"]["rules"]
+    assert rule["helpUri"].endswith("/threat-model.md#lod-001")
+
+
+@pytest.mark.parametrize(
+    ("urls", "wanted"),
+    [
+        (
+            ["Homepage, https://a.example", "Documentation, https://docs.example/here/"],
+            "https://docs.example/here/checks.md#adv-010",
+        ),
+        (["Homepage, https://a.example"], "urn:secateur:docs/checks.md#adv-010"),
+        (None, "urn:secateur:docs/checks.md#adv-010"),
+    ],
+)
+def test_addresses_begin_with_the_package_s_own_url(urls, wanted, monkeypatch):
+    told = Message()
+    for url in urls or ():
+        told["Project-URL"] = url
+    monkeypatch.setattr(sarif, "metadata", lambda name: told)
+    sarif.docs_home.cache_clear()
+    try:
+        assert sarif.help_uri("ADV-010") == wanted
+        assert sarif.help_uri("XYZ-010") is sarif.help_uri("ADV-010 <b>") is None
+    finally:
+        sarif.docs_home.cache_clear()
+
+
+def test_paths_become_addresses():
+    log = json.loads(sarif.to_sarif([], rules={}, file="a b/\u00fc%\ud800.pt", version="1"))
+    assert log["runs"][0]["artifacts"][0]["location"]["uri"] == "a%20b/%C3%BC%25%3F.pt"
+    log = json.loads(sarif.to_sarif([], rules={}, file="/a b", version="1"))
+    assert log["runs"][0]["artifacts"][0]["location"]["uri"] == "file:///a%20b"
 
 
 @pytest.mark.parametrize("name", ["good.pt", "hostile.pt", "whole.pt"])
