@@ -25,7 +25,21 @@ ORDER = [
         "forward",
         "attack",
     ),
-    *("measure", "train", "prune", "compress", "detect", "repair", "poison", "methods", "runs", "bench", "report", "cli"),
+    *(
+        "measure",
+        "adversarial_training",
+        "train",
+        "prune",
+        "compress",
+        "detect",
+        "repair",
+        "poison",
+        "methods",
+        "runs",
+        "bench",
+        "report",
+        "cli",
+    ),
 ]
 BESIDE = {("bench", "report"), ("report", "bench")}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

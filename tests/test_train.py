@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import secateur.train as train_module
 from secateur.errors import DataError, MethodError, ModelError
 from secateur.models import Classifier, build
 from secateur.state import generator, seeded
@@ -82,6 +83,11 @@ def test_the_recipes_above_use_dropout_and_augmentation():
 def test_resuming_twice_from_a_finished_run_changes_nothing(tmp_path):
     first = run_once("sgd", tmp_path / "state")
     assert same(first, run_once("sgd", tmp_path / "state", lambda *_: pytest.fail("trained again")))
+
+
+def test_a_checkpoint_is_known_by_what_it_was_known_by_before_adversarial_training():
+    digest = train_module._fingerprint(dropping(), noise(), RECIPES["sgd"], {}, generator(7), "")
+    assert digest.startswith("258dd6b5aceceac9")
 
 
 def test_resuming_goes_on_with_the_loss_and_the_generator(tmp_path):

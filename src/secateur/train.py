@@ -10,14 +10,14 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adversarial_training import Adversary, Watch
 from .data import augment
 from .errors import DataError, MethodError, ModelError
 from .models import core
@@ -40,9 +40,12 @@ class _Run:
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
     fingerprint: str
+    adversary: Adversary
+    watch: Watch | None = None
     hook: Any = None  # a batch hook that has a state of its own
     epoch: int = 0
     loss: float = field(default=math.nan)
+    note: str = ""
 
     def save(self, path: Path) -> None:
         state = {
@@ -52,6 +55,9 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "hook": self.hook.state_dict() if self.hook else {},
+            "adversary": self.adversary.state_dict(),
+            "watched": self.watch.best if self.watch else 0.0,
+            "note": self.note,
         }
         save_progress(path, state, self.fingerprint)
 
@@ -62,7 +68,11 @@ class _Run:
         self.generator.set_state(state["generator"])
         if self.hook:
             self.hook.load_state_dict(state["hook"])
-        self.epoch, self.loss = state["epoch"], state["loss"]
+        if self.watch:
+            self.watch.best = state["watched"]
+        if state.get("adversary"):
+            self.adversary.load_state_dict(state["adversary"])
+        self.epoch, self.loss, self.note = state["epoch"], state["loss"], state.get("note", "")
 
 
 def train(
@@ -76,6 +86,7 @@ def train(
     penalty: Penalty | None = None,
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
+    on_note: OnNote | None = None,
     checkpoint: Path | None = None,
     identity: str = "",
 ) -> nn.Module:
@@ -84,28 +95,36 @@ def train(
     Args:
         model: Takes images in [0, 1] and returns logits ``(b, classes)``; not changed.
         data: Training images; moved to the model's device once.
-        recipe: How to train.
-        generator: Source of all randomness (order, augmentation, dropout).
+        recipe: How to train; with ``adversarial``, on perturbed images (see `secateur.adversarial_training.Adversary`).
+        generator: Source of all randomness (order, augmentation, dropout, starts of perturbations).
         hold: Parameter name (relative to the core network) -> bool of its shape. False entries are 0 after every step, in the
             parameter and in the optimizer's averages, so that pruned weights stay pruned.
         batch_hook: ``(x, y, step, generator) -> (x, y)``, applied to each augmented batch, ``x`` float in [0, 1]; it may return
             another number of images. What it returns may depend on parameters of its own: they get their gradients from
-            the same backward pass as the network. Its ``state_dict``, if it has one, goes into the checkpoint.
-        penalty: ``(network, x, y) -> scalar`` added to the loss of each batch, the network in train mode.
+            the same backward pass as the network. Its ``state_dict``, if it has one, goes into the checkpoint. Perturbations
+            come after it, around what it returns.
+        penalty: ``(network, x, y) -> scalar`` added to the loss of each batch, the network in train mode; ``x`` without
+            perturbations.
         on_step: Called with ``(step, steps)`` after each step.
         on_epoch: Called with ``(epoch, mean loss, model)`` after each epoch, the model in train mode.
+        on_note: Called with a sentence when ``fast`` overfits catastrophically (`secateur.adversarial_training.Watch`).
+            Training then ends with the weights of the epoch before.
         checkpoint: Where to write the state after each epoch; an existing file of the same run is resumed.
         identity: What else tells this run from another: a text that stands for the settings of ``batch_hook`` and ``penalty``.
 
     Raises:
         DataError: There are no images.
+        MethodError: ``hold`` does not fit the network, or ``eps`` the images.
         ModelError: The loss is not finite, or the checkpoint belongs to another run.
     """
     if len(data) == 0:
         raise DataError("training needs at least one image, got 0")
     student = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     student.requires_grad_(True)
-    run = _Run(student, _optimizer(student, recipe), generator, "", batch_hook if hasattr(batch_hook, "state_dict") else None)
+    adversary = Adversary(recipe, data.shape)
+    watch = Watch(data, recipe) if adversary.kind == "fast" else None
+    hook = batch_hook if hasattr(batch_hook, "state_dict") else None
+    run = _Run(student, _optimizer(student, recipe), generator, "", adversary, watch, hook)
     held = _held(student, hold)
     if checkpoint is not None:
         run.fingerprint = _fingerprint(model, data, recipe, hold or {}, generator, identity)
@@ -114,17 +133,24 @@ def train(
     _release(run, held)
     device = next(student.parameters()).device
     images = ImageSet(data.x.to(device), data.y.to(device), data.classes, data.name)
-    while run.epoch < recipe.epochs:
+    while run.epoch < recipe.epochs and not run.note:
+        before = deepcopy(student.state_dict()) if watch else {}
         with seeded(generator):
             _epoch(run, images, recipe, held, batch_hook, penalty, on_step)
         run.epoch += 1
+        fallen = watch.fallen(student, generator) if watch else ""
+        if fallen:
+            student.load_state_dict(before)
+            run.note = f"{fallen} in epoch {run.epoch}: training ended with the weights of the epoch before"
         if checkpoint is not None:
             run.save(checkpoint)
         if on_epoch is not None:
             on_epoch(run.epoch, run.loss, student)
-    for before, after in zip(model.parameters(), student.parameters(), strict=True):
+    if run.note and on_note is not None:
+        on_note(run.note)
+    for old, after in zip(model.parameters(), student.parameters(), strict=True):
         after.grad = None
-        after.requires_grad_(before.requires_grad)
+        after.requires_grad_(old.requires_grad)
     return student.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
 
@@ -150,8 +176,7 @@ def _epoch(
         x = to_float(augment(x, recipe.augment, generator=run.generator))
         if batch_hook is not None:
             x, y = batch_hook(x, y, step, run.generator)
-        total += _step(run, recipe, x, y, penalty)
-        _release(run, held)
+        total += _step(run, recipe, held, x, y, penalty)
         if on_step is not None:
             on_step(step + 1, steps * recipe.epochs)
     run.loss = float(total) / steps
@@ -161,15 +186,33 @@ def _epoch(
         )
 
 
-def _step(run: _Run, recipe: Recipe, x: Tensor, y: Tensor, penalty: Penalty | None) -> Tensor:
-    run.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        logits = run.model(x)
-        more = penalty(run.model, x, y) if penalty is not None else 0.0
-    loss = F.cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing) + more
-    loss.backward()
-    run.optimizer.step()
-    return loss.detach()
+def _step(
+    run: _Run, recipe: Recipe, held: list[tuple[nn.Parameter, Tensor]], x: Tensor, y: Tensor, penalty: Penalty | None
+) -> Tensor:
+    """Train on a batch, as often as it is replayed; return the mean of the losses."""
+
+    def low() -> torch.autocast:
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+
+    def answer(images: Tensor) -> Tensor:
+        with low():
+            logits = run.model(images)
+        return logits.float()
+
+    total = torch.zeros((), device=x.device)
+    for _ in range(run.adversary.replays):
+        run.optimizer.zero_grad(set_to_none=True)
+        loss = run.adversary.loss(run.model, answer, x, y, run.generator)
+        with low():
+            more = penalty(run.model, x, y) if penalty is not None else 0.0
+        loss = loss + more
+        loss.backward()
+        run.adversary.learn()
+        run.optimizer.step()
+        _release(run, held)
+        total += loss.detach()
+        x = x.detach()  # what made it has had its gradient
+    return total / run.adversary.replays
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -212,7 +255,7 @@ def _release(run: _Run, held: list[tuple[nn.Parameter, Tensor]]) -> None:
 def _fingerprint(
     model: nn.Module, data: ImageSet, recipe: Recipe, hold: Mapping[str, Tensor], generator: torch.Generator, identity: str
 ) -> str:
-    digest = hashlib.sha256(repr((sorted(asdict(recipe).items()), identity)).encode())
+    digest = hashlib.sha256(repr((sorted(recipe.settings().items()), identity)).encode())
     digest.update(data.sha256.encode())
     digest.update(generator.get_state().numpy().tobytes())
     for name, tensor in [*model.state_dict().items(), *hold.items()]:

@@ -180,6 +180,28 @@ def test_whole_numbers_and_floats_are_one_node(write):
     assert one.nodes.keys() == other.nodes.keys()
 
 
+def test_keys_of_victims_are_those_of_the_first_results():
+    """Computed before recipes knew adversarial training: what is at its default is no part of a key."""
+    nodes = graph_of(PLANS[[p.name for p in PLANS].index("smoke.toml")]).nodes
+    victims = {node.method: key for key, node in nodes.items() if node.stage == "victim"}
+    assert victims == {
+        "badnets": "ed39230ace1143841a5cda02954da1dfe9eaada8972f58b455c604089f4990f6",
+        "none": "f27809b6c813f9e098286ea634111729ee00e50882132a35e1775ee6cc675152",
+    }
+
+
+def test_adversarial_training_is_part_of_a_victims_key_and_a_fraction_is_its_number(write):
+    def victims(more: str) -> set[str]:
+        nodes = graph_of(write(PLAN.replace("epochs = 1\n[[repair]]", f"epochs = 1\n{more}\n[[repair]]", 1))).nodes
+        return {key for key, node in nodes.items() if node.stage == "victim"}
+
+    robust = victims('adversarial = "pgd"\neps = "8/255"')
+    assert robust == victims(f'adversarial = "pgd"\neps = {8 / 255}')
+    assert not robust & victims('adversarial = "pgd"\neps = "4/255"')
+    assert not robust & victims('adversarial = "none"')
+    assert victims('adversarial = "none"') == victims("")
+
+
 def test_keys_are_the_same_in_another_process(write):
     path = write()
     code = (

@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +335,5 @@ def _is_newer(value: Any) -> bool:
 
 
 def recipe_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as plain JSON values."""
-    values = {each.name: getattr(recipe, each.name) for each in fields(recipe)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    """Return a recipe as plain JSON values, without settings that have no effect: keys are made of it."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in recipe.settings().items()}

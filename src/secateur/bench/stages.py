@@ -109,18 +109,21 @@ def victim(work: Work) -> dict[str, Any]:
     arch = work.source[kwargs.pop("sha256")] if is_reference(args["model"]) else args["model"]
     network = runs.new_network(poisoning.data, arch, kwargs=kwargs, generator=random).to(work.node.device)
     recipe = read_recipe(args["recipe"])
-    state = random.get_state()
+    state, notes = random.get_state(), []
+    given: dict[str, Any] = {"generator": random, "checkpoint": work.checkpoint, "on_note": notes.append}
     try:
-        model, trigger = train_victim(poisoning, network, recipe, generator=random, checkpoint=work.checkpoint)
+        model, trigger = train_victim(poisoning, network, recipe, **given)
     except ModelError as error:
         if "cannot resume" not in str(error):
             raise
         shutil.rmtree(work.checkpoint.parent)  # damaged when a machine went down: nothing but time is lost
         random.set_state(state)
-        model, trigger = train_victim(poisoning, network, recipe, generator=random, checkpoint=work.checkpoint)
+        model, trigger = train_victim(poisoning, network, recipe, **given)
     assert isinstance(model, Classifier)
     save(model.cpu(), work.folder / "model")
     facts: dict[str, Any] = {"images": len(images), "poisoned": int(poisoning.poisoned.sum())}
+    if notes:
+        facts["notes"] = notes
     if trigger is not None:
         save_trigger(trigger, work.folder / "trigger")
         facts["trigger"] = asdict(runs.how_visible(trigger, images))

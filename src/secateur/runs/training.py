@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,13 @@ def train(
     if attack is not None:
         _check_eligible(poisoning.trigger or _wanted(attack["args"], images), measured)
     start = time.perf_counter()
-    model, shown = train_victim(poisoning, untrained, recipe, generator=random, on_step=on_step, checkpoint=checkpoint)
+    limitations = ["One seed."]
+    model, shown = train_victim(
+        poisoning, untrained, recipe, generator=random, checkpoint=checkpoint, on_step=on_step,
+        on_note=lambda note: limitations.append(f"{note[0].upper()}{note[1:]}."),
+    )  # fmt: skip
     seconds = time.perf_counter() - start
     assert isinstance(model, Classifier)
-    limitations = ["One seed."]
     details: dict[str, Any] = {}
     if attack is not None and shown is not None:
         details = {"backdoor": attack, "trigger": picture(shown, measured)}
@@ -109,7 +112,7 @@ def train(
         environment=environment(model),
         inputs=[],
         data={"train": describe(images), "test": describe(measured)},
-        method={"name": arch, "version": 1, "args": {**asdict(recipe), **(kwargs or {})}, "seed": seed},
+        method={"name": arch, "version": 1, "args": {**recipe.settings(), **(kwargs or {})}, "seed": seed},
         before=measure(untrained, measured, shown),
         after=measure(model, measured, shown),
         cost={"seconds": seconds},
