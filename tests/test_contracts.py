@@ -98,7 +98,9 @@ def test_the_same_generator_gives_the_same_result(row, trained, images):
     assert all(bool(t.isfinite().all()) for t in first.values() if t.is_floating_point())
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.kind == "repair"], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [r for r in ROWS if r.kind in ("repair", "compressor")], ids=lambda row: f"{row.kind}-{row.name}"
+)
 def test_a_repair_returns_a_new_working_network(row, trained, images):
     repaired = run(row, trained, images)
     assert isinstance(repaired, Repaired)
@@ -112,7 +114,9 @@ def test_a_repair_returns_a_new_working_network(row, trained, images):
     assert not shared
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.kind == "repair"], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [r for r in ROWS if r.kind in ("repair", "compressor")], ids=lambda row: f"{row.kind}-{row.name}"
+)
 def test_a_repair_can_only_see_the_model_and_the_clean_images(row):
     """No parameter through which test images, a trigger or a whole task could come in."""
     import inspect
@@ -129,7 +133,7 @@ def test_a_repair_can_only_see_the_model_and_the_clean_images(row):
 @pytest.mark.parametrize("row", [r for r in ROWS if r.kind == "score"], ids=lambda row: row.name)
 @pytest.mark.parametrize("granularity", ["weight", "channel"])
 def test_scores_have_the_shapes_of_what_they_score(row, granularity, trained, images):
-    scores = row.load()(trained, images, granularity=granularity, generator=generator(0))
+    scores = row.load()(trained, images, granularity=granularity, **row.quick, generator=generator(0))
     assert isinstance(scores, Scores)
     assert scores.granularity == granularity
     parameters = dict(trained.net.named_parameters())

@@ -19,6 +19,7 @@ SECTIONS = {
     "backdoor": ("Args:", "Raises:"),
     "evasion": ("Args:", "Returns:", "Raises:"),
     "score": (),
+    "compressor": ("Args:", "Raises:"),
 }
 
 

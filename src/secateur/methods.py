@@ -165,6 +165,10 @@ TABLE: tuple[Method, ...] = (
     ),
     Method("score", "gradient", "secateur.prune.gradients:gradient", 1, "baseline"),
     Method("score", "gradient-weight", "secateur.prune.gradients:gradient_weight", 1, "arXiv:2206.07406 (its comparator)"),
+    Method(
+        "score", "hydra", "secateur.prune.hydra:hydra", 1, "NeurIPS 2020, arXiv:2002.10509",
+        {"epochs": 1, "steps": 2, "fraction": 0.5},
+    ),
     Method("score", "l1", "secateur.prune.magnitude:l1", 1, "ICLR 2017, arXiv:1608.08710"),
     Method("score", "l2", "secateur.prune.magnitude:l2", 1, "ICLR 2017, arXiv:1608.08710"),
     Method("score", "movement", "secateur.prune.movement:movement", 1, "NeurIPS 2020, arXiv:2005.07683", {"epochs": 1}),
@@ -231,6 +235,14 @@ TABLE: tuple[Method, ...] = (
     Method(
         "repair", "tsbd", "secateur.repair.tsbd:tsbd", 1, "NeurIPS 2024, arXiv:2405.20291",
         {"unlearn_lr": 0.02, "unlearn_epochs": 2, "epochs": 1, "batch_size": 64},
+    ),
+    Method(
+        "compressor", "harp", "secateur.prune.harp:harp", 1, "ICLR 2023, arXiv:2412.14714",
+        {"fraction": 0.5, "score_epochs": 1, "epochs": 1, "steps": 2, "lr": 0.01},
+    ),
+    Method(
+        "compressor", "hydra", "secateur.prune.hydra:hydra_pruning", 1, "NeurIPS 2020, arXiv:2002.10509",
+        {"fraction": 0.5, "score_epochs": 1, "epochs": 1, "steps": 2},
     ),
 )  # fmt: skip
 
