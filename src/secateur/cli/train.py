@@ -42,8 +42,8 @@ def train(
     Args:
         data: Training images: FILE.npz, FILE.npz:train, a folder of class folders, CIFAR files, Parquet.
         output: Folder to write to (default: secateur-runs/...).
-        set: Part of the recipe (epochs=15, lr=0.1, schedule=cosine, augment=crop+flip, adversarial=pgd, eps=8/255 ...) or of the
-            architecture (width=8).
+        set: Part of the recipe (epochs=15, lr=0.1, schedule=cosine, augment=crop+flip, adversarial=pgd, eps=8/255 ...) or of
+            the architecture (width=8).
         test: Labelled images to measure on; without them the training images are used, and the record says so.
         trigger: Folder of the trigger of images that are poisoned already: attack success is then measured as well.
         backdoor: Name of a backdoor to put in while training; see "secateur list backdoors".
