@@ -3,7 +3,7 @@
 Each takes a network, images in [0, 1] and labels, and returns images; none changes the network. See ``docs/evasion.md``.
 """
 
-from .adaptive import bpda, eot, through_wrappers
+from .adaptive import bpda, eot, through_quantisation, through_wrappers
 from .ensemble import apgd, autoattack
 from .fgsm import fgsm
 from .noise import random_noise
@@ -22,6 +22,7 @@ __all__ = [
     "pgd",
     "random_noise",
     "square",
+    "through_quantisation",
     "through_wrappers",
     "ti_fgsm",
 ]

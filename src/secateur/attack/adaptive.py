@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import MethodError, check_range, unknown
 from ..models.activations import passing_through
+from ..models.quantised import Backward, backward_of
 from .network import Forward
 
 
@@ -56,6 +57,34 @@ def through_wrappers(model: nn.Module, x: Tensor) -> Tensor:
     """
     with passing_through():
         return model(x)
+
+
+def through_quantisation(backward: Backward = "clipped", *, forward: Forward | None = None) -> Forward:
+    """Return a forward for a quantised network (`compress.quantise`): exact values, with one of three gradients of rounding.
+
+    None of them is best on every network, so a claim of robustness reports the worst over all (`prune.adaptives`).
+
+    Args:
+        backward: ``clipped``: that of the identity within the range of the grid, 0 beyond (what the network has by itself);
+            ``pass-through``: that of the identity everywhere; ``float``: that of the network whose feature maps are not rounded,
+            taken where that network's feature maps are (`bpda` with the float network as twin).
+        forward: What to call in place of the network, such as `through_wrappers`.
+
+    Raises:
+        MethodError: There is no such gradient (once the forward is called).
+    """
+
+    def answered(model: nn.Module, x: Tensor) -> Tensor:
+        call = forward or (lambda network, images: network(images))
+        if backward == "float":
+            with torch.no_grad():
+                exact = call(model, x)
+            with backward_of("float"):
+                return _Exact.apply(exact, call(model, x))
+        with backward_of(backward):
+            return call(model, x)
+
+    return answered
 
 
 def eot(draws: int, *, forward: Forward | None = None) -> Forward:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .bundle import load_bundle as load_bundle
     from .bundle import load_masks as load_masks
     from .bundle import save as save
+    from .quantised import Quantisation as Quantisation
+    from .quantised import dequantised as dequantised
+    from .quantised import quantisation_of as quantisation_of
     from .registry import build as build
     from .registry import recognise as recognise
     from .structure import stages as stages
@@ -26,10 +29,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Classifier": "wrapper",
+    "Quantisation": "quantised",
     "build": "registry",
     "core": "wrapper",
+    "dequantised": "quantised",
     "load_bundle": "bundle",
     "load_masks": "bundle",
+    "quantisation_of": "quantised",
     "recognise": "registry",
     "save": "bundle",
     "stages": "structure",
@@ -41,11 +47,14 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "Classifier",
+    "Quantisation",
     "build",
     "core",
+    "dequantised",
     "load_bundle",
     "load_masks",
     "names",
+    "quantisation_of",
     "read_arch",
     "recognise",
     "save",

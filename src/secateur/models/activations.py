@@ -42,7 +42,7 @@ class ActivationEdit:
             edited = output.round(decimals=self.fields["decimals"])
         else:
             edited = output.clamp(self.fields["low"], self.fields["high"])
-        return _Through.apply(output, edited) if _THROUGH.get() else edited
+        return through(output, edited) if _THROUGH.get() else edited
 
 
 class _Through(torch.autograd.Function):
@@ -57,6 +57,11 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Hand the gradient to what was edited."""
         return grads[0], None
+
+
+def through(value: Tensor, edited: Any) -> Any:
+    """Return the edited value with the gradient of the unedited one (a straight-through estimator)."""
+    return _Through.apply(value, edited)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A network on disk: ``model.safetensors``, ``arch.json``, ``README.md``, perhaps ``masks.safetensors``; never a pickle.
+"""A network on disk: ``model.safetensors``, ``arch.json``, ``README.md``, perhaps ``masks.safetensors`` and ``quant.safetensors``; no pickle.
 
 ``arch.json`` is written last, so that a folder which has one is whole. The same network always gives the same bytes.
 """
@@ -21,6 +21,9 @@ from ..types import ChannelMask, HardMask, WeightMask
 from .activations import attach, wrappers_of
 from .description import FORMAT, check_arch, read_arch
 from .factory import call_factory, import_factory
+from .quant import FILE as STEPS
+from .quantised import Quantisation, check_grid, quantisation_of
+from .quantised import attach as attach_quantisation
 from .registry import Shapes, shapes_of, skeleton
 from .weights import assign, check_shapes, count_outputs, read_safetensors
 from .wrapper import Classifier
@@ -57,7 +60,7 @@ def save(
 ) -> None:
     """Write a bundle.
 
-    Edits of feature maps that are on the network (`wrap`) are kept.
+    Edits of feature maps (`wrap`) and a quantisation that are on the network are kept.
 
     Args:
         model: The classifier; its weights must be float32 and finite.
@@ -71,6 +74,9 @@ def save(
     Raises:
         ModelError: The network could not be rebuilt from what would be written, or ``folder`` is in use.
     """
+    quantisation = quantisation_of(model)
+    if quantisation is not None:
+        check_grid(model.net, quantisation)
     shape = model.input_shape
     kept = model.channels if channels is None else channels
     description: dict[str, Any] = {
@@ -81,7 +87,7 @@ def save(
         "channels": {site: [int(i) for i in indices] for site, indices in kept.items()},
         "masks": None if masks is None else MASKS,
         "wrappers": list(wrappers_of(model)),
-        "quant": None,
+        "quant": None if quantisation is None else quantisation.fields(),
         "steps": [dict(step) for step in steps],
         "ancestor_sha256": ancestor_sha256,
     }
@@ -93,6 +99,8 @@ def save(
         WEIGHTS: safetensors.torch.save(state, {"format": "pt"}),
         CARD: MODEL_CARD.format(title=title, shape=", ".join(map(str, shape))).encode(),
     }
+    if quantisation is not None:
+        files[STEPS] = safetensors.torch.save({name: scale.cpu() for name, scale in quantisation.weights.items()})
     if masks is not None:
         packed = _pack(masks)
         _unpack(packed, shapes_of(state))
@@ -113,8 +121,6 @@ def load_bundle(folder: str | Path, *, factory: str | Callable[[], nn.Module] | 
     """
     folder = Path(folder)
     fields = read_arch(folder)
-    if fields["quant"]:
-        raise ModelError("arch.json: quant is not supported in this version of secateur")
     c, h, w = fields["input"]["shape"]
     net = _rebuild(fields, factory)
     name = fields["arch"]["name"] or "the factory's network"
@@ -133,6 +139,8 @@ def load_bundle(folder: str | Path, *, factory: str | Callable[[], nn.Module] | 
         arch=fields["arch"],
         channels=fields["channels"],
     ).eval()
+    if fields["quant"]:
+        attach_quantisation(model, Quantisation.read(fields["quant"], read_safetensors(folder / STEPS)))
     attach(model, fields["wrappers"])
     return model
 
@@ -229,7 +237,7 @@ def _write(folder: Path, files: Mapping[str, bytes], description: bytes, overwri
         folder.mkdir(parents=True, exist_ok=True)
         if not overwrite and any(folder.iterdir()):
             raise ModelError(f"{folder} must be empty or missing; overwrite it on purpose (--overwrite)")
-        for name in (DESCRIPTION, MASKS):
+        for name in (DESCRIPTION, MASKS, STEPS):
             (folder / name).unlink(missing_ok=True)
         for name, content in {**files, DESCRIPTION: description}.items():
             partial = folder / f".{name}.partial"

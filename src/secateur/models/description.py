@@ -13,6 +13,7 @@ from typing import Any
 from ..architectures import is_external
 from ..errors import ModelError, unknown
 from .files import read_bytes
+from .quant import check_quant
 from .wrappers import check_wrappers
 
 FORMAT = 1
@@ -53,8 +54,13 @@ def check_arch(content: Any) -> dict[str, Any]:
     for site, kept in _record("channels", fields["channels"]).items():
         _check_kept(site, kept)
     _require(fields["masks"] in (None, "masks.safetensors"), "masks", "null or 'masks.safetensors'")
-    fields["wrappers"] = _check_wrappers(fields["wrappers"])
+    _require(isinstance(fields["wrappers"], list), "wrappers", "a list")
     _require(fields["quant"] is None or isinstance(fields["quant"], dict), "quant", "null or an object")
+    try:
+        fields["wrappers"] = check_wrappers(fields["wrappers"])
+        fields["quant"] = None if fields["quant"] is None else check_quant(fields["quant"])
+    except ModelError as error:
+        raise ModelError(f"arch.json: {error}") from error
     _require(isinstance(fields["steps"], list), "steps", "a list")
     for step in fields["steps"]:
         _check_step(_record("steps", step))
@@ -98,14 +104,6 @@ def _check_kept(site: str, kept: Any) -> None:
     ok = _is_text(site) and isinstance(kept, list) and kept and all(type(i) is int and 0 <= i < 2**31 for i in kept)
     ok = ok and all(a < b for a, b in pairwise(kept))
     _require(bool(ok), "channels", "lists of indices by site, each index above the last")
-
-
-def _check_wrappers(wrappers: Any) -> list[dict[str, Any]]:
-    _require(isinstance(wrappers, list), "wrappers", "a list")
-    try:
-        return check_wrappers(wrappers)
-    except ModelError as error:
-        raise ModelError(f"arch.json: {error}") from error
 
 
 def _check_step(step: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .channels import ChannelGraph, Root, trace_channels
+from .quantised import quantisation_of
 from .wrapper import core
 
 
@@ -23,8 +24,11 @@ def shrink(model: nn.Module, kept: Mapping[str, Tensor], input_shape: tuple[int,
         input_shape: Shape of one image, ``(c, h, w)``.
 
     Raises:
-        ModelError: A site is unknown, an index is out of range, or a tied layer would keep other channels.
+        ModelError: A site is unknown, an index is out of range, a tied layer would keep other channels, or the network is
+            quantised.
     """
+    if quantisation_of(model) is not None:
+        raise ModelError("channels must leave before a network is quantised: remove them, then quantise what is left")
     graph = trace_channels(model, input_shape)
     gone = _gone(graph, kept)
     small = deepcopy(model)
