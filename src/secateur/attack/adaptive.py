@@ -66,8 +66,8 @@ def through_quantisation(backward: Backward = "clipped", *, forward: Forward | N
 
     Args:
         backward: ``clipped``: that of the identity within the range of the grid, 0 beyond (what the network has by itself);
-            ``pass-through``: that of the identity everywhere; ``float``: that of the network whose feature maps are not rounded,
-            taken where that network's feature maps are (`bpda` with the float network as twin).
+            ``pass-through``: that of the identity everywhere; ``float``: that of the network whose feature maps are not
+            rounded, taken where that network's feature maps are (`bpda` with the float network as twin).
         forward: What to call in place of the network, such as `through_wrappers`.
 
     Raises:

@@ -116,12 +116,13 @@ def quick_copy(model: nn.Module, x: Tensor) -> nn.Module | None:
     """Return a copy of a network in eval mode with the same answers, faster where it convolves; None if there is none.
 
     Each batch-norm that is all that reads a convolution is folded into it, and weights lie as convolutions want them. A
-    network that draws, that is quantised or has hooks, that cannot be copied, or that answers differently on ``x`` once folded, has none.
+    network that draws, that is quantised or has hooks, that cannot be copied, or that answers differently on ``x`` once folded,
+    has none.
     """
     modules = list(model.modules())
     if not any(type(module) is nn.Conv2d for module in modules) or any(map(_hooked, modules)):
         return None
-    if quantisation_of(model) is not None:  # folded, a value that lies between two levels may be rounded the other way
+    if any(quantisation_of(module) is not None for module in modules):  # folded, values may be rounded the other way
         return None
     x = x.clone(memory_format=torch.channels_last)
     try:

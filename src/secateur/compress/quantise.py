@@ -1,9 +1,9 @@
 """Quantisation: a network that computes on whole numbers of few bits, after training (PTQ) or with training (QAT).
 
-Uniform, as in Jacob et al., CVPR 2018 (arXiv:1712.05877), and Krishnamoorthi (arXiv:1806.08342): weights symmetric with one step for each
-output channel, feature maps affine with one step for each tensor (`models.quantised` has the formulas, `models.flow` the
-places). What comes out is a *twin*: a network in floating point that gives, up to rounding, the answers of the integer runtime that
-`export_onnx` writes for. It can be attacked by its gradient, which a runtime has not.
+Uniform, as in Jacob et al., CVPR 2018 (arXiv:1712.05877), and Krishnamoorthi (arXiv:1806.08342): weights symmetric with one
+step for each output channel, feature maps affine with one step for each tensor (`models.quantised` has the formulas,
+`models.flow` the places). What comes out is a *twin*: a network in floating point that gives, up to rounding, the answers of
+the integer runtime that `export_onnx` writes for. It can be attacked by its gradient, which a runtime has not.
 
 **Differs** from Jacob et al.: a batch-norm is not folded while training. With a step for each output channel its scale can be
 multiplied into the steps afterwards, so that rounding before and after folding is the same; and ranges of feature maps are
@@ -26,6 +26,7 @@ from ..models import Classifier, Quantisation, quantisation_of
 from ..models.flow import Flow, trace
 from ..models.quant import LARGEST, SMALLEST, check_bits
 from ..models.quantised import attach, on_grid, steps
+from ..prune.activations import BINS, between
 from ..prune.mask import parameter_masks
 from ..recipe import Recipe
 from ..state import evaluating
@@ -33,7 +34,6 @@ from ..train import OnStep, train
 from ..types import HardMask, ImageSet, to_float
 
 Observer = Literal["minmax", "percentile"]
-BINS = 10_000  # parts of a site's range between which a percentile is told
 
 
 def quantise(
@@ -218,15 +218,6 @@ def _ranges(
 
     _watch(model, flow, clean, size, add)
     return {site: between(counts[site], *wide[site], share) for site in ends}
-
-
-def between(counts: Tensor, low: float, high: float, share: float) -> tuple[float, float]:
-    """Return the outer edges of the bins of ``[low, high]`` in which the ``1 - share`` and the ``share`` quantile lie."""
-    beyond = (1 - share) * int(counts.sum())
-    first = int((counts.cumsum(0) > beyond).nonzero()[0])
-    last = len(counts) - 1 - int((counts.flip(0).cumsum(0) > beyond).nonzero()[0])
-    width = (high - low) / len(counts)
-    return low + first * width, low + (last + 1) * width
 
 
 def _watch(model: Classifier, flow: Flow, clean: ImageSet, size: int, look: Callable[[str, Tensor], None]) -> None:

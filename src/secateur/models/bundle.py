@@ -1,4 +1,4 @@
-"""A network on disk: ``model.safetensors``, ``arch.json``, ``README.md``, perhaps ``masks.safetensors`` and ``quant.safetensors``; no pickle.
+"""A network on disk: ``model.safetensors``, ``arch.json``, ``README.md``, perhaps masks and steps of quantisation; no pickle.
 
 ``arch.json`` is written last, so that a folder which has one is whole. The same network always gives the same bytes.
 """

@@ -1,9 +1,9 @@
 """A network as a list of steps with names that last: where feature maps can be quantised, and what an export writes down.
 
-`trace` follows a network symbolically (torch.fx). Values that an integer runtime keeps in 8 bit are its *sites*: what convolutions,
-linear layers, additions, concatenations and average pooling read, and what they hand on, behind the norm and the activation
-that a runtime fuses into them. Poolings that choose, shapes, slices and padding by zero move values of a site about and need
-no site of their own. Everything else is computed in floating point. The logits are no site.
+`trace` follows a network symbolically (torch.fx). Values that an integer runtime keeps in 8 bit are its *sites*: what
+convolutions, linear layers, additions, concatenations and average pooling read, and what they hand on, behind the norm and the
+activation that a runtime fuses into them. Poolings that choose, shapes, slices and padding by zero move values of a site about
+and need no site of their own. Everything else is computed in floating point. The logits are no site.
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ def trace(net: nn.Module, input_shape: tuple[int, int, int]) -> Flow:
             seen: dict[fx.Node, Any] = {}
             flow.run(net, torch.zeros(2, *input_shape, device=device), seen=seen)
     except Exception as error:
-        raise ModelError(f"{type(net).__name__} cannot be quantised: its steps cannot be followed: {one_line(error)}") from error
+        raise ModelError(
+            f"{type(net).__name__} cannot be quantised: its steps cannot be followed: {one_line(error)}"
+        ) from error
     names = _named(nodes, tracer.owners)
     picked = _sites(nodes, dict(net.named_modules()), {node for node, value in seen.items() if _is_map(value)})
     sites = {names[node]: node for node in nodes if node in picked}
@@ -197,7 +199,9 @@ def _sites(nodes: list[fx.Node], modules: Mapping[str, nn.Module], maps: set[fx.
         found.update(origin(source, modules) for source in sources)
         found.add(_tail(node, modules))
     answers = {origin(node, modules) for node in end}
-    read = {origin(s, modules) for node in nodes for s in node.all_input_nodes if not moves(node, modules) and node.op != "output"}
+    read = {
+        origin(s, modules) for node in nodes for s in node.all_input_nodes if not moves(node, modules) and node.op != "output"
+    }
     return {node for node in found if node.op != "get_attr" and not (node in answers and node not in read)}
 
 

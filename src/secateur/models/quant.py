@@ -1,4 +1,4 @@
-"""Quantisation as a bundle keeps it: what the field ``quant`` of ``arch.json`` may hold. The weights' steps are in a file beside it."""
+"""Quantisation as a bundle keeps it: what the field ``quant`` of ``arch.json`` may hold; steps of weights are in a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ SMALLEST, LARGEST = 1e-30, 1e30  # steps of a grid: below, float32 has no whole 
 def check_quant(quant: Any) -> dict[str, Any]:
     """Return a quantisation as plain values; `ModelError` names the first that is wrong.
 
-    It is ``{"weight_bits", "activation_bits", "weights": "quant.safetensors", "activations": {site: {"scale", "zero_point"}}}``.
+    It is ``{"weight_bits", "activation_bits", "weights": "quant.safetensors", "activations": {site: {"scale",
+    "zero_point"}}}``.
     """
     if not isinstance(quant, Mapping) or set(quant) != set(FIELDS):
         found = ", ".join(map(str, quant)) if isinstance(quant, Mapping) else type(quant).__name__

@@ -1,15 +1,15 @@
 """Quantised networks: weights that lie on a grid, and feature maps that are put on one whenever the network answers.
 
-Uniform quantisation as in Jacob et al., CVPR 2018 (arXiv:1712.05877) and Krishnamoorthi (arXiv:1806.08342): weights symmetric with a
-step for each output channel, ``w = s_c * q`` with ``|q| <= 2^(b-1) - 1``; feature maps affine with one step for a whole tensor,
-``x = s * (q - z)`` with ``0 <= q <= 2^b - 1``. In both 0 is on the grid, so that what is pruned stays pruned.
+Uniform quantisation as in Jacob et al., CVPR 2018 (arXiv:1712.05877) and Krishnamoorthi (arXiv:1806.08342): weights symmetric
+with a step for each output channel, ``w = s_c * q`` with ``|q| <= 2^(b-1) - 1``; feature maps affine with one step for a whole
+tensor, ``x = s * (q - z)`` with ``0 <= q <= 2^b - 1``. In both 0 is on the grid, so that what is pruned stays pruned.
 
-A batch-norm stays as it is. Its scale can be multiplied into the steps of the convolution before it (`compress.export`), because
-each output channel has a step of its own: rounding before and after folding is the same.
+A batch-norm stays as it is. Its scale can be multiplied into the steps of the convolution before it (`compress.export`),
+because each output channel has a step of its own: rounding before and after folding is the same.
 
-The network is no other object than before: names, weights, classes and hooks stay. Its ``forward`` is that of `Quantiser`, which
-takes the steps of the network one by one (`flow`) and rounds at its sites. Hooks of modules that hold others see what these
-return, but not what they are given.
+The network is no other object than before: names, weights, classes and hooks stay. Its ``forward`` is that of `Quantiser`,
+which takes the steps of the network one by one (`flow`) and rounds at its sites. Hooks of modules that hold others see what
+these return, but not what they are given.
 """
 
 from __future__ import annotations

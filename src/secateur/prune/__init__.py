@@ -2,7 +2,7 @@
 
 from . import magnitude
 from .activations import clamp_activations, clean_bounds, edit_activations, round_activations
-from .edits import Edited, Resampled, adaptive, clamp, noise, small_entries, sparsify
+from .edits import Edited, Resampled, adaptive, adaptives, clamp, noise, small_entries, sparsify
 from .grammar import Sentence, apply_and_heal, cut_until, first_crossing, follow, prune
 from .layers import choose_layers, prunable_layers
 from .mask import apply_mask, carry_over, collapsed, parameter_masks, removed
@@ -21,6 +21,7 @@ __all__ = [
     "Sentence",
     "Until",
     "adaptive",
+    "adaptives",
     "amount_at",
     "apply_and_heal",
     "apply_mask",

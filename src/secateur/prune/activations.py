@@ -102,7 +102,7 @@ def clean_bounds(
             for x in clean.x.split(batch_size):
                 for name, values in watch(to_float(x)).items():
                     counts[name] += count(values, *ranges[name], BINS)
-            bounds = {name: _quantiles(counts[name], *ranges[name], quantile) for name in moments}
+            bounds = {name: between(counts[name], *ranges[name], quantile) for name in moments}
     return [{"after": name, "kind": "clamp", "low": low, "high": high} for name, (low, high) in bounds.items()]
 
 
@@ -127,8 +127,8 @@ def _deviating(moment: Tensor, deviations: float) -> tuple[float, float]:
     return max(low, mean - spread), min(high, mean + spread)
 
 
-def _quantiles(counts: Tensor, low: float, high: float, share: float) -> tuple[float, float]:
-    """Return the outer edges of the bins in which the two quantiles lie."""
+def between(counts: Tensor, low: float, high: float, share: float) -> tuple[float, float]:
+    """Return the outer edges of the bins of ``[low, high]`` in which the ``1 - share`` and the ``share`` quantile lie."""
     beyond = (1 - share) * int(counts.sum())
     first = int((counts.cumsum(0) > beyond).nonzero()[0])
     last = len(counts) - 1 - int((counts.flip(0).cumsum(0) > beyond).nonzero()[0])

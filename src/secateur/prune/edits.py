@@ -8,16 +8,19 @@ what the network has                        `adaptive`
 ==========================================  ======================================================================
 other weights (`sparsify clamp noise`)      None: its own gradient is true, an attack on it is adaptive as it stands
 edits of feature maps (``activations``)     `attack.through_wrappers`: exact values, gradient of the identity (BPDA)
+quantised feature maps (``compress``)       `attack.through_quantisation`: exact values, gradient of the identity in range
 noise drawn at each forward (`Resampled`)   `attack.eot`: the mean over `DRAWS` draws
-both                                        both
+several of these                            all of them, one within the other
 ==========================================  ======================================================================
+
+Of a quantised network three gradients are known, and none is always the best: `adaptives` has them all.
 
 Other edits of the grammar are masks: ``zero`` is `mask.apply_mask`, ``scale`` is a `SoftMask`, ``remove`` is in ``compress``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -27,10 +30,11 @@ from scipy.stats import normaltest
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..attack import eot, through_wrappers
+from ..attack import eot, through_quantisation, through_wrappers
 from ..attack.network import Forward
 from ..errors import MethodError, check_choice, check_range, unknown
-from ..models import core, wrappers_of
+from ..models import core, quantisation_of, wrappers_of
+from ..models.quantised import Backward
 from ..types import WeightMask
 from .mask import apply_mask
 
@@ -56,8 +60,22 @@ class Edited:
 
 def adaptive(model: nn.Module) -> Forward | None:
     """Return the setting ``forward`` with which attacks on an edited network are adaptive (the table above)."""
+    return next(iter(adaptives(model).values()))
+
+
+def adaptives(model: nn.Module) -> Mapping[str, Forward | None]:
+    """Return all settings ``forward`` that attacks on an edited network have to be run with; the worst over them counts.
+
+    Returns:
+        Name -> forward. One without a name, which may be None, unless the network is quantised: then ``clipped``,
+        ``pass-through`` and ``float``.
+    """
     inner = through_wrappers if wrappers_of(model) else None
-    return eot(DRAWS, forward=inner) if any(isinstance(module, Resampled) for module in model.modules()) else inner
+    drawn = any(isinstance(module, Resampled) for module in model.modules())
+    if all(quantisation_of(module) is None for module in model.modules()):
+        return {"": eot(DRAWS, forward=inner) if drawn else inner}
+    found = {name: through_quantisation(name, forward=inner) for name in get_args(Backward)}
+    return {name: eot(DRAWS, forward=forward) if drawn else forward for name, forward in found.items()}
 
 
 def small_entries(model: nn.Module, *, below: float, names: Iterable[str] | None = None) -> WeightMask:

@@ -12,6 +12,7 @@ import torch
 
 from ..attack import mi_fgsm, pgd
 from ..attack.ball import Norm, check_budget
+from ..attack.network import Forward
 from ..data.splits import stratified
 from ..errors import InconclusiveError, MethodError
 from ..measure.adversarial import ThreatModel, bind
@@ -19,6 +20,7 @@ from ..measure.robustness import Robustness, robustness, robustness_curve
 from ..measure.sanity import Sanity, sanity
 from ..measure.transfer import transfer_matrix
 from ..models import Classifier
+from ..prune import adaptives
 from ..state import generator
 from ..train import OnNote, OnStep
 from ..types import ImageSet, Result
@@ -27,7 +29,7 @@ from .evading import Entry, across, chosen
 from .records import check_better_than_chance, check_fit, describe, environment, inputs, measure, now, tool
 from .studying import look_inside
 
-VERSION = 1  # of the procedure: goes up whenever the same arguments give another result
+VERSION = 2  # of the procedure: goes up whenever the same arguments give another result
 FEWEST = 10
 LOOKED_AT = 200  # images of the checks and of the curve
 SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -68,9 +70,10 @@ def attack(
 ) -> AttackRun:
     """Measure what attacks leave of a network's accuracy, and check that the figure is not one to be fooled by.
 
-    Every attack runs on every image; an image counts as robust when none broke it. The checks (`secateur.measure.sanity`)
-    attack some of the images in more ways, and judge the attacks chosen there as well. If one fails, the figure stands in the
-    record as the bound it is, and the verdict says that robustness was not established.
+    Every attack runs on every image; an image counts as robust when none broke it. On a network whose feature maps are
+    quantised or edited, gradient attacks are adaptive: they run with each setting ``forward`` of `prune.adaptives`. The checks
+    (`secateur.measure.sanity`) attack some of the images in more ways, and judge the attacks chosen there as well. If one
+    fails, the figure stands in the record as the bound it is, and the verdict says that robustness was not established.
 
     Args:
         model: The network; left as it was.
@@ -96,7 +99,8 @@ def attack(
         ModelError: The images do not fit a network.
     """
     budgets = _check(data, eps, norm, sweep, images)
-    entries = chosen(methods, arguments or {}, eps=eps, norm=norm)
+    forwards = adaptives(model)
+    entries = chosen(methods, arguments or {}, eps=eps, norm=norm, forwards=forwards)
     for network in (model, *([surrogate] if surrogate else [])):
         check_fit(network, data)
     before = measure(model, data, None)
@@ -110,11 +114,11 @@ def attack(
     seconds = {"attacks_seconds": phases.lap()}
     took = {entry.name: entry.seconds for entry in run}
     # The default attacks are those of the checks with other numbers; to run them once more would tell nothing.
-    judged = {f"{entry.name} as measured": entry.bound for entry in entries if methods or arguments}
+    judged = {f"{entry.name} as measured": entry.bound for entry in entries if methods or arguments or len(forwards) > 1}
     step = phases.next(f"checking what could make the figure wrong, on {min(images, len(data)):,} images")
     checked = sanity(
-        model, data, eps=eps, norm=norm, images=images, attacks=judged, surrogate=surrogate, train=train, on_step=step,
-        generator=generator(seed),
+        model, data, eps=eps, norm=norm, images=images, attacks=judged, forward=next(iter(forwards.values())),
+        surrogate=surrogate, train=train, on_step=step, generator=generator(seed),
     )  # fmt: skip
     seconds["checks_seconds"] = phases.lap()
     details: dict[str, Any] = told.figures(found, checked, run, took)
@@ -122,7 +126,7 @@ def attack(
         details["transfer"] = _transfer(model, surrogate, data, threat, phases, generator(seed))
         seconds["transfer_seconds"] = phases.lap()
     if budgets:
-        details["curve"] = _curve(model, data, budgets, threat, images, phases, generator(seed))
+        details["curve"] = _curve(model, data, budgets, threat, images, phases, generator(seed), forwards)
         seconds["curve_seconds"] = phases.lap()
     inside, why = {}, ""
     if study:
@@ -224,15 +228,18 @@ def _curve(
     images: int,
     phases: Phases,
     draw: torch.Generator,
+    forwards: Mapping[str, Forward | None],
 ) -> dict[str, Any]:
     """Measure PGD on two losses at each budget: enough for a shape, at a fraction of the cost of the attacks chosen."""
     [rows] = stratified(data.y, [min(images, len(data))], generator=draw)
     entries: list[Entry] = []
 
     def attacks(eps: float) -> dict[str, Any]:
+        common = {"eps": eps, "norm": threat.norm, "drop_broken": True}
         here = [
-            Entry(f"pgd ({loss})", bind(pgd, eps=eps, norm=threat.norm, loss=loss, drop_broken=True))
+            Entry(f"pgd ({', '.join(filter(None, (loss, name)))})", bind(pgd, **common, loss=loss, forward=forward))
             for loss in ("cross-entropy", "margin")
+            for name, forward in forwards.items()
         ]
         entries.extend(here)
         return {entry.name: entry.bound for entry in here}

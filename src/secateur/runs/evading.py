@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..attack import mi_fgsm
 from ..attack.ball import Norm
+from ..attack.network import Forward
 from ..errors import MethodError, ModelError, unknown
 from ..measure.adversarial import Bound, bind
 from ..methods import Method, get, parameters, settings
@@ -24,6 +26,8 @@ DEFAULT: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("pgd", {"loss": "margin", "steps": 20}),
     ("square", {"queries": 200}),
 )
+GRADIENT_FREE = ("square", "random-noise")
+PLAIN: Mapping[str, Forward | None] = {"": None}
 OURS = ("eps", "norm", "targeted")
 TRANSFER = "transfer (mi-fgsm)"
 
@@ -66,7 +70,14 @@ class Entry:
         return run
 
 
-def chosen(methods: Sequence[str], arguments: Mapping[str, Any], *, eps: float, norm: Norm) -> list[Entry]:
+def chosen(
+    methods: Sequence[str],
+    arguments: Mapping[str, Any],
+    *,
+    eps: float,
+    norm: Norm,
+    forwards: Mapping[str, Forward | None] = PLAIN,
+) -> list[Entry]:
     """Return the attacks named, or the default ones, with these settings at this budget.
 
     Args:
@@ -74,6 +85,7 @@ def chosen(methods: Sequence[str], arguments: Mapping[str, Any], *, eps: float, 
         arguments: ``setting`` for every attack that has it, ``method.setting`` for one.
         eps: Budget.
         norm: Distance that it bounds.
+        forwards: Name -> what gradient attacks call in place of the network (`prune.adaptives`); each runs with every one.
 
     Raises:
         MethodError: Unknown method or setting, or one that is not an attack's own here.
@@ -90,9 +102,19 @@ def chosen(methods: Sequence[str], arguments: Mapping[str, Any], *, eps: float, 
             name.partition(".")[2]: value for name, value in arguments.items() if name.startswith(f"{_spelt(row.name)}.")
         }
         full = settings(row, {**given, **common, **special, "eps": eps, "norm": norm})
-        name = f"{row.name} ({full['loss']})" if "loss" in full else row.name
-        entries[name] = Entry(name, bind(row.load(), **full), row)
+        for backward, forward in _needed(row, forwards).items():
+            words = ", ".join(filter(None, (full.get("loss"), backward)))
+            name = f"{row.name} ({words})" if words else row.name
+            extra = {} if forward is None else {"forward": forward}
+            entries[name] = Entry(name, bind(row.load(), **full, **extra), row)
     return list(entries.values())
+
+
+def _needed(row: Method, forwards: Mapping[str, Forward | None]) -> Mapping[str, Forward | None]:
+    """Return the forwards that an attack is to be run with: one where no gradient is followed, none where it takes none."""
+    if "forward" not in inspect.signature(row.load()).parameters:
+        return PLAIN
+    return {"": next(iter(forwards.values()))} if row.name in GRADIENT_FREE else forwards
 
 
 def _spelt(name: str) -> str:
