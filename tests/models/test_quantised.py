@@ -36,7 +36,6 @@ from secateur.models.shrink import shrink
 from secateur.state import generator, seeded
 from secateur.types import ImageSet
 
-
 # The same blocks as in others, more of them.
 DEEP = {"resnet32", "resnet44", "resnet56", "resnet110", "resnet34", "resnet34_imagenet", "preact_resnet34"} | {
     f"vgg{depth}_bn{kind}" for depth in (13, 16, 19) for kind in ("", "_imagenet")

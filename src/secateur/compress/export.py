@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import ModelError, check_range
 from ..models import Classifier, Quantisation, quantisation_of, wrappers_of
-from ..models.flow import Flow, after, is_layer, next_alone, origin, trace
+from ..models.flow import Flow, affine, after, folded, is_layer, origin, trace
 from ..models.quantised import check_grid, flow_of, levels, whole
 from ..state import evaluating
 from .onnx_ops import array, pair, write
@@ -110,16 +110,17 @@ class _Graph:
 
     def __init__(self, model: Classifier, quantisation: Quantisation | None) -> None:
         self.classifier, self.quantisation = model, quantisation
-        self.modules: dict[str, nn.Module] = dict(model.net.named_modules())
+        self.modules: Mapping[str, nn.Module] = dict(model.net.named_modules())
         self.flow: Flow = trace(model.net, model.input_shape) if quantisation is None else flow_of(model)
         self.sites = {node: name for name, node in self.flow.sites.items()}
-        self.seen: dict[fx.Node, Any] = {}
+        seen: dict[fx.Node, Any] = {}
+        self.seen: Mapping[fx.Node, Any] = seen
         self.names: dict[fx.Node, str] = {}
         self.nodes: list[tuple[str, list[str], str, dict[str, Any]]] = []
         self.constants: dict[str, Any] = {}
         self.notes: list[str] = []
         with evaluating(model), torch.no_grad():
-            self.flow.run(model.net, torch.zeros(2, *model.input_shape, device=model.mean.device), seen=self.seen)
+            self.flow.run(model.net, torch.zeros(2, *model.input_shape, device=model.mean.device), seen=seen)
             self._write_all()
 
     def name(self, node: Any) -> str:
@@ -147,12 +148,12 @@ class _Graph:
 
     def _write_all(self) -> None:
         model, shape = self.classifier, (1, -1, 1, 1)
-        folded: set[fx.Node] = set()
+        gone: set[fx.Node] = set()
         for node, _ in self.flow.steps:
             if node.op == "placeholder":
                 shifted = self.node("Sub", ["images", self.constant(array(model.mean).reshape(shape), "mean")])
                 self.names[node] = self.node("Div", [shifted, self.constant(array(model.std).reshape(shape), "std")])
-            elif node in folded or node.target is after:
+            elif node in gone or node.target is after:
                 assert isinstance(node.args[0], fx.Node)
                 self.names[node] = self.names.get(node.args[0], "")
             elif node.op == "output":
@@ -161,8 +162,8 @@ class _Graph:
             elif node.op == "get_attr" or not isinstance(self.seen[node], Tensor):
                 continue
             elif is_layer(node, self.modules):
-                norm = self._norm(node)
-                folded.update({norm} if norm else ())
+                norm = folded(node, self.modules, self.sites)
+                gone.update({norm} if norm else ())
                 self.names[node] = self._layer(node, norm)
             else:
                 self.names[node] = write(self, node)
@@ -179,18 +180,9 @@ class _Graph:
             whole_ = self.node("QuantizeLinear", [self.names[node], *grid])
             self.names[node] = self.node("DequantizeLinear", [whole_, *grid])
 
-    def _norm(self, node: fx.Node) -> fx.Node | None:
-        """Return the batch-norm that alone reads a convolution and can be folded into it."""
-        follower = next_alone(node)
-        if follower is None or follower.op != "call_module" or node in self.sites:
-            return None
-        layer, norm = self.modules[str(node.target)], self.modules[str(follower.target)]
-        same = type(layer) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None
-        return follower if same and not norm.training else None
-
     def _layer(self, node: fx.Node, norm: fx.Node | None) -> str:
         module: Any = self.modules[str(node.target)]
-        factor, shift = _affine(self.modules[str(norm.target)] if norm else None, module)
+        factor, shift = affine(self.modules[str(norm.target)] if norm else None, module)
         source = node.args[0]
         assert isinstance(source, fx.Node)
         plain = type(module) is nn.Conv2d or self.seen[source].ndim == 2
@@ -263,18 +255,6 @@ class _Graph:
         helper.set_model_props(made, {"classes": json.dumps(list(model.classes))})
         onnx.checker.check_model(made, full_check=True)
         return made
-
-
-def _affine(norm: Any, layer: Any) -> tuple[Tensor, Tensor]:
-    """Return by what a layer's rows are multiplied and what is added then, float64 ``(channels,)``: its norm and its bias."""
-    rows = layer.weight.shape[0]
-    bias = torch.zeros(rows, dtype=torch.float64) if layer.bias is None else layer.bias.detach().double().cpu()
-    if norm is None:
-        return torch.ones(rows, dtype=torch.float64), bias
-    factor = (norm.running_var.double().cpu() + norm.eps).rsqrt()
-    factor = factor if norm.weight is None else factor * norm.weight.detach().double().cpu()
-    shift = (bias - norm.running_mean.double().cpu()) * factor
-    return factor, shift if norm.bias is None else shift + norm.bias.detach().double().cpu()
 
 
 def _settings(node: fx.Node, conv: Any) -> Mapping[str, Any]:

@@ -7,14 +7,15 @@ the integer runtime that `export_onnx` writes for. It can be attacked by its gra
 
 **Differs** from Jacob et al.: a batch-norm is not folded while training. With a step for each output channel its scale can be
 multiplied into the steps afterwards, so that rounding before and after folding is the same; and ranges of feature maps are
-observed once, before training, not as a moving average. Biases stay in floating point; the export rounds them to 32 bits.
+observed once, before training, not as a moving average. Biases are rounded to the steps that a runtime has for them (those of
+the input times those of the weights), in the norm where one is folded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,16 @@ from .. import state
 from ..errors import InconclusiveError, MethodError, ModelError, check_choice, check_range
 from ..measure.layer_study import count, widened
 from ..models import Classifier, Quantisation, quantisation_of
-from ..models.flow import Flow, trace
+from ..models.flow import Flow, affine, folded, is_layer, origin, trace
 from ..models.quant import LARGEST, SMALLEST, check_bits
-from ..models.quantised import attach, on_grid, steps
+from ..models.quantised import attach, flow_of, on_grid, steps
 from ..prune.activations import BINS, between
 from ..prune.mask import parameter_masks
 from ..recipe import Recipe
 from ..state import evaluating
 from ..train import OnStep, train
 from ..types import HardMask, ImageSet, to_float
+from .export import BIAS
 
 Observer = Literal["minmax", "percentile"]
 
@@ -48,8 +50,8 @@ def quantise(
 ) -> Classifier:
     """Return a quantised copy, without training (PTQ).
 
-    Weights are rounded to their grid, once; what was 0 stays 0, and small weights may join it. Feature maps are rounded at each
-    forward, to ranges that clean images need. Both ranges contain 0.
+    Weights and biases are rounded to their grid, once; what was 0 stays 0, and small weights may join it. Feature maps are
+    rounded at each forward, to ranges that clean images need. Both ranges contain 0.
 
     Args:
         model: A float network; left as it was.
@@ -71,6 +73,7 @@ def quantise(
     found = _observed(copy, clean, bits, weight_bits, observer, percentile, batch_size)
     _round(copy, found)
     attach(copy, found)
+    _round_biases(copy, found)
     return copy
 
 
@@ -128,6 +131,7 @@ def qat(
     final = Quantisation(found.weight_bits, found.activation_bits, scales, found.activations)
     _round(trained, final)
     attach(trained, final)
+    _round_biases(trained, final)
     return trained
 
 
@@ -179,6 +183,26 @@ def _round(model: Classifier, quantisation: Quantisation) -> None:
         weight = model.net.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         weight.copy_(on_grid(weight, scale, quantisation.weight_bits))
+
+
+@torch.no_grad()
+def _round_biases(model: Classifier, quantisation: Quantisation) -> None:
+    """Move what is added behind each layer to the steps that a runtime adds it in; biases of 0 stay 0."""
+    flow, modules = flow_of(model), dict(model.net.named_modules())
+    names = {node: site for site, node in flow.sites.items()}
+    nodes = [node for node, _ in flow.steps if is_layer(node, modules)]
+    for node in nodes:
+        layer: Any = modules[str(node.target)]
+        source = origin(node.all_input_nodes[0], modules)
+        norm = folded(node, modules, names)
+        place: Any = modules[str(norm.target)] if norm else layer
+        if place.bias is None or [n.target for n in nodes].count(node.target) > 1:
+            continue
+        factor, shift = affine(place if norm else None, layer)
+        step = quantisation.activations[names[source]][0] * quantisation.weights[str(node.target)].double().cpu() * factor.abs()
+        usable = (step > 0) & (shift.abs() < BIAS * step)
+        change = torch.where(usable, (shift / step).round() * step - shift, torch.zeros_like(shift)).to(place.bias)
+        place.bias.copy_(torch.where(place.bias == 0, place.bias, place.bias + change))
 
 
 def grid(low: float, high: float, bits: int) -> tuple[float, int]:

@@ -59,7 +59,7 @@ class _Through(torch.autograd.Function):
         return grads[0], None
 
 
-def through(value: Tensor, edited: Any) -> Any:
+def through(value: Any, edited: Any) -> Any:
     """Return the edited value with the gradient of the unedited one (a straight-through estimator)."""
     return _Through.apply(value, edited)
 

@@ -9,7 +9,7 @@ and need no site of their own. Everything else is computed in floating point. Th
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,6 +184,28 @@ def next_alone(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def folded(node: fx.Node, modules: Mapping[str, nn.Module], sites: Container[fx.Node]) -> fx.Node | None:
+    """Return the batch-norm that alone reads a convolution and can be folded into it, in eval mode."""
+    follower = next_alone(node)
+    if follower is None or follower.op != "call_module" or node in sites:
+        return None
+    layer, norm = modules[str(node.target)], modules[str(follower.target)]
+    same = type(layer) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None
+    return follower if same and not norm.training else None
+
+
+def affine(norm: Any, layer: Any) -> tuple[Tensor, Tensor]:
+    """Return by what a layer's rows are multiplied and what is added then, float64 ``(channels,)``: its norm and its bias."""
+    rows = layer.weight.shape[0]
+    bias = torch.zeros(rows, dtype=torch.float64) if layer.bias is None else layer.bias.detach().double().cpu()
+    if norm is None:
+        return torch.ones(rows, dtype=torch.float64), bias
+    factor = (norm.running_var.double().cpu() + norm.eps).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight.detach().double().cpu()
+    shift = (bias - norm.running_mean.double().cpu()) * factor
+    return factor, shift if norm.bias is None else shift + norm.bias.detach().double().cpu()
+
+
 def _fill(node: fx.Node) -> Any:
     return node.args[3] if len(node.args) > 3 else node.kwargs.get("value") or 0
 
@@ -249,7 +271,7 @@ def _call(net: nn.Module, node: fx.Node, values: Mapping[fx.Node, Any], x: Any, 
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.target is after:
-        return _returned(net.get_submodule(args[1]), args[0])
+        return _returned(net.get_submodule(str(args[1])), args[0])
     assert callable(node.target)
     return node.target(*args, **kwargs)
 
