@@ -237,12 +237,24 @@ TABLE: tuple[Method, ...] = (
         {"unlearn_lr": 0.02, "unlearn_epochs": 2, "epochs": 1, "batch_size": 64},
     ),
     Method(
+        "compressor", "gap", "secateur.compress.pruning:gap", 1, "AICAS 2022, arXiv:2206.07406",
+        {"steps": 2, "epochs": 1, "bits": 8},
+    ),
+    Method(
         "compressor", "harp", "secateur.prune.harp:harp", 1, "ICLR 2023, arXiv:2412.14714",
         {"fraction": 0.5, "score_epochs": 1, "epochs": 1, "steps": 2, "lr": 0.01},
     ),
     Method(
         "compressor", "hydra", "secateur.prune.hydra:hydra_pruning", 1, "NeurIPS 2020, arXiv:2002.10509",
         {"fraction": 0.5, "score_epochs": 1, "epochs": 1, "steps": 2},
+    ),
+    Method(
+        "compressor", "pruning", "secateur.compress.pruning:pruning", 1, "arXiv:1506.02626, 2206.07406",
+        {"score": "taylor", "rounds": 2, "epochs": 1},
+    ),
+    Method(
+        "compressor", "quantisation", "secateur.compress.pruning:quantisation", 1, "CVPR 2018, arXiv:1712.05877",
+        {"epochs": 1, "lr": 0.0001},
     ),
 )  # fmt: skip
 

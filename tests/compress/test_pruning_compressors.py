@@ -1,0 +1,90 @@
+"""Compressors by weights: what was asked is what is left, zeros stay through fine-tuning, rounding, saving and loading."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from secateur.compress.pruning import SCORES, gap, pruning, quantisation
+from secateur.errors import MethodError
+from secateur.methods import table
+from secateur.models import core, load_bundle, quantisation_of, save
+from secateur.prune import prunable_layers
+from secateur.prune.mask import hard
+from secateur.state import generator
+
+
+def parameters_of(model):
+    return dict(core(model).named_parameters())
+
+
+def zeros(done):
+    """Return how many parameters the mask cuts, and how many of those are 0."""
+    keep, own = hard(done.mask).keep, parameters_of(done.model)
+    return sum(int((~k).sum()) for k in keep.values()), sum(int((own[n][~k] == 0).sum()) for n, k in keep.items())
+
+
+@pytest.mark.parametrize("target", [2.0, 4.0])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_whole_model_compression_is_what_was_asked(trained, images, target, scope):
+    done = pruning(trained, images, target=target, scope=scope, epochs=1, lr=0.01, generator=generator(0))
+    total = sum(parameter.numel() for parameter in parameters_of(trained).values())
+    cut, silent = zeros(done)
+    assert cut == silent
+    assert abs(total / (total - cut) / target - 1) < 1e-3 + 1 / total
+    assert done.log["compression"] == total / (total - cut)
+    assert f"{prunable_layers(trained)[-1]}.weight" not in hard(done.mask).keep
+
+
+def test_gap_cuts_what_has_the_largest_score(trained, images):
+    """This network's layers before the classifier have no bias, so that GAP's parameters are those of the others."""
+    done = gap(trained, images, target=2.0, epochs=0, generator=generator(0))
+    masks = {
+        order: pruning(trained, images, target=2.0, score="gap", order=order, epochs=0, generator=generator(0)).mask.keep
+        for order in ("largest", "smallest")
+    }
+    assert masks["largest"].keys() == done.mask.keep.keys()
+    assert all(torch.equal(done.mask.keep[name], keep) for name, keep in masks["largest"].items())
+    assert not all(torch.equal(done.mask.keep[name], keep) for name, keep in masks["smallest"].items())
+
+
+def test_zeros_stay_through_rounding_saving_and_loading(trained, images, tmp_path):
+    done = pruning(trained, images, target=4.0, epochs=1, bits=8, generator=generator(0))
+    cut, silent = zeros(done)
+    assert cut == silent > 0
+    assert quantisation_of(done.model).weight_bits == 8
+    save(done.model, tmp_path / "net", masks=hard(done.mask))
+    again = load_bundle(tmp_path / "net")
+    assert quantisation_of(again) is not None
+    keep, own = hard(done.mask).keep, parameters_of(again)
+    assert all(bool((own[name][~k] == 0).all()) for name, k in keep.items())
+    x = torch.rand(4, *images.shape)
+    assert torch.equal(again(x), done.model(x))
+
+
+def test_a_network_can_be_rounded_with_and_without_training(trained, images):
+    rounded = quantisation(trained, images, bits=4, generator=generator(0)).model
+    taught = quantisation(trained, images, bits=4, epochs=1, lr=1e-4, generator=generator(0)).model
+    for model in (rounded, taught):
+        assert quantisation_of(model).activation_bits == 4
+    weight = prunable_layers(trained)[0] + ".weight"
+    assert not torch.equal(parameters_of(rounded)[weight], parameters_of(taught)[weight])
+    assert len(parameters_of(rounded)[weight][0].unique()) <= 15
+
+
+def test_every_score_of_weights_can_be_named():
+    assert set(SCORES) == {row.name for row in table("score")} - {"hydra"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"score": "l3"}, r"unknown score 'l3'"),
+        ({"bits": 16}, r"bits must lie in \[2, 8\]"),
+        ({"target": 0.5}, r"compression must lie in"),
+        ({"target": 1e6}, r"compression must lie in"),
+    ],
+)
+def test_mistakes_are_told(trained, images, settings, said):
+    with pytest.raises(MethodError, match=said):
+        pruning(trained, images, **{"epochs": 0, **settings}, generator=generator(0))
