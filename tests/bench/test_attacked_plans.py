@@ -9,7 +9,7 @@ from secateur.bench.driver import run
 from secateur.bench.executors import make
 from secateur.bench.nodes import expand
 from secateur.bench.plan import read_plan
-from secateur.bench.source import digest
+from secateur.bench.source import digest as digest_of
 from secateur.bench.store import Store
 from secateur.bench.tables import rows
 from secateur.data import load_data
@@ -72,7 +72,7 @@ def _written(home, text):
 
 
 def test_what_each_network_is_attacked_by(plan):
-    graph = expand(plan, digest)
+    graph = expand(plan, digest_of)
     assert plan.metrics == (
         "accuracy", "white_box", "transfer_parent", "transfer_another_one", "transfer_twin", "worst_transfer", "to_parent",
     )  # fmt: skip
@@ -96,7 +96,7 @@ def test_what_each_network_is_attacked_by(plan):
 
 def test_rates_under_attack_are_those_of_the_images_kept(plan, tmp_path):
     store = Store(tmp_path / "store")
-    graph = expand(plan, digest)
+    graph = expand(plan, digest_of)
     assert not run(graph, store, make("inline"), plan).failed
     before, after = rows(graph, store)
     node = graph.nodes[after.cell.keys[-1]]
@@ -140,6 +140,21 @@ def test_mistakes_are_told(home, old, new, said):
     assert old in PLAN
     with pytest.raises(SecateurError, match=said):
         _written(home, PLAN.replace(old, new, 1))
+
+
+def test_a_checkpoint_with_its_digest_is_pinned_and_may_be_missing(home, tmp_path):
+    digest = next(iter(_written(home, PLAN).models[0].files))
+    pinned = PLAN.replace('checkpoint = "net"', f'checkpoint = "net"\nsha256 = "{digest}"')
+    known = expand(_written(home, PLAN), str).nodes.keys()
+    assert expand(_written(home, pinned), str).nodes.keys() == known
+    (tmp_path / "plan.toml").write_text(pinned, "utf-8")
+    elsewhere = read_plan(tmp_path / "plan.toml")
+    assert expand(elsewhere, str).nodes.keys() == known
+    with pytest.raises(DataError, match=rf"must have sha256 0{{64}}, got {digest}; it is another file"):
+        _written(home, pinned.replace(digest, "0" * 64))
+    graph, store = expand(elsewhere, digest_of), Store(tmp_path / "store")
+    failed = run(graph, store, make("inline"), elsewhere).failed
+    assert any(f"put the file with sha256 {digest} there" in outcome.message for outcome in failed.values())
 
 
 def test_a_checkpoint_that_is_not_there(home):

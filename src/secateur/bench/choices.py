@@ -74,7 +74,9 @@ def read_models(table: Mapping[str, Any], home: Path) -> Iterable[Choice]:
 
 def _checkpoint(table: Mapping[str, Any], home: Path) -> Choice:
     """Return somebody's finished network: a file, and what the file does not say."""
-    check_known("key of [[model]] with a checkpoint", table, (CHECKPOINT, "name", "label", "mean", "std", "input_size"))
+    check_known(
+        "key of [[model]] with a checkpoint", table, (CHECKPOINT, "sha256", "name", "label", "mean", "std", "input_size")
+    )
     file = typed(CHECKPOINT, table[CHECKPOINT], str)
     said: dict[str, Any] = {key: table[key] for key in ("mean", "std") if key in table}
     for key, value in said.items():
@@ -88,7 +90,10 @@ def _checkpoint(table: Mapping[str, Any], home: Path) -> Choice:
         if not is_reference(said["arch"]):
             resolve(said["arch"], {})
     path = home / file
-    digest = _digest(path)
+    wanted = typed("sha256 of [[model]]", table["sha256"], str) if "sha256" in table else None
+    digest = _digest(path) if wanted is None or path.exists() else wanted  # a plan that says it can be read without the file
+    if wanted not in (None, digest):
+        raise DataError(f"{path} must have sha256 {wanted}, got {digest}; it is another file")
     label = typed("label", table.get("label", path.name), str)
     return Choice(CHECKPOINT, label, {"sha256": digest, **said}, files={digest: str(path.absolute())})
 

@@ -134,7 +134,11 @@ def _checkpoint(work: Work) -> dict[str, Any]:
     """Take somebody's finished network; nothing of its file is run."""
     said = dict(work.node.args["kwargs"])
     images = load_data(work.parents["data"] / "test.npz")
-    reading = read(work.source[said.pop("sha256")])
+    digest = said.pop("sha256")
+    path = Path(work.source[digest])
+    if not path.exists():
+        raise DataError(f"there is no checkpoint at {path}; put the file with sha256 {digest} there")
+    reading = read(path)
     if reading.format != "bundle":  # which says its own
         said["classes"] = images.classes
     model = load(reading, **said)

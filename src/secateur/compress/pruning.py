@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from ..prune.schedule import Pace
 from ..prune.select import Order, Scope
 from ..recipe import Recipe
 from ..train import OnStep
-from ..types import ImageSet, Repaired
+from ..types import Granularity, ImageSet, Repaired, Scores
 from .quantise import Observer, qat, quantise
 
 SCORES: Mapping[str, Score] = {
@@ -54,8 +55,10 @@ def pruning(
     order: Order = "smallest",
     rounds: int = 1,
     pace: Pace = "geometric",
+    images: int = 1024,
     epochs: int = 10,
     lr: float = 0.01,
+    precision: Literal["float32", "bfloat16"] = "float32",
     bits: int = 32,
     on_step: OnStep | None = None,
     generator: torch.Generator,
@@ -71,8 +74,10 @@ def pruning(
         order: Cut the ``smallest`` or the ``largest`` first.
         rounds: Cuts, with a fine-tuning after each, >= 1.
         pace: How much each round cuts: ``geometric``, ``cubic`` or ``linear``.
+        images: Clean images that the score sees in each round, drawn anew, >= 1.
         epochs: Of fine-tuning after each round, >= 0.
         lr: Its learning rate, > 0, constant.
+        precision: Of the fine-tuning.
         bits: Of weights and feature maps afterwards (see `quantise`), in [2, 8]; 32 leaves them in floating point.
         on_step: Progress of the fine-tuning.
         generator: Source of all randomness.
@@ -87,8 +92,9 @@ def pruning(
     if not body:
         raise MethodError("the network has no layer before the classifier to prune")
     sentence = Sentence(SCORES[score], Compression(target, total), layers=body, scope=scope, order=order)
+    heal = replace(recovery(epochs, lr), precision=precision)
     return _compressed(
-        model, clean, sentence, rounds=rounds, pace=pace, epochs=epochs, lr=lr, bits=bits, on_step=on_step, generator=generator
+        model, clean, sentence, heal, rounds=rounds, pace=pace, images=images, bits=bits, on_step=on_step, generator=generator
     )
 
 
@@ -104,8 +110,10 @@ def gap(
     step_size: float = 0.00784313725490196,
     rounds: int = 1,
     pace: Pace = "geometric",
+    images: int = 1024,
     epochs: int = 40,
     lr: float = 0.001,
+    precision: Literal["float32", "bfloat16"] = "float32",
     bits: int = 32,
     on_step: OnStep | None = None,
     generator: torch.Generator,
@@ -126,8 +134,10 @@ def gap(
         step_size: Length of a step, >= 0.
         rounds: Cuts, with a fine-tuning after each, >= 1; 1 in the paper.
         pace: How much each round cuts: ``geometric``, ``cubic`` or ``linear``.
+        images: Clean images that are attacked in each round, drawn anew, >= 1.
         epochs: Of fine-tuning after each round, >= 0; 40 in the paper.
         lr: Its learning rate, > 0, constant.
+        precision: Of the fine-tuning.
         bits: Of weights and feature maps afterwards, in [2, 8]; 32 leaves them in floating point.
         on_step: Progress of the fine-tuning.
         generator: Source of all randomness.
@@ -140,8 +150,9 @@ def gap(
     score = partial(gaps.gap, variant=variant, protocol=protocol, eps=eps, steps=steps, step_size=step_size)
     scope: Scope = "layer" if variant == "absolute" else "global"
     sentence = Sentence(score, Compression(target, total), layers=prunable_layers(model), scope=scope, order="largest")
+    heal = replace(recovery(epochs, lr), precision=precision)
     return _compressed(
-        model, clean, sentence, rounds=rounds, pace=pace, epochs=epochs, lr=lr, bits=bits, on_step=on_step, generator=generator
+        model, clean, sentence, heal, rounds=rounds, pace=pace, images=images, bits=bits, on_step=on_step, generator=generator
     )
 
 
@@ -178,7 +189,7 @@ def quantisation(
 
     Source: Jacob et al., CVPR 2018 (arXiv:1712.05877); see `quantise` and `qat`.
     """
-    network, seen = _classifier(model), _calibration(clean, generator)
+    network, seen = _classifier(model), _drawn(clean, CALIBRATED, generator)
     if epochs == 0:
         return Repaired(
             quantise(network, seen, bits=bits, weight_bits=weight_bits, observer=observer, percentile=percentile), None
@@ -199,20 +210,23 @@ def _compressed(
     model: nn.Module,
     clean: ImageSet,
     sentence: Sentence,
+    heal: Recipe,
     *,
     rounds: int,
     pace: Pace,
-    epochs: int,
-    lr: float,
+    images: int,
     bits: int,
     on_step: OnStep | None,
     generator: torch.Generator,
 ) -> Repaired:
+    check_range("images", images, 1, 2**31)
     if bits != FLOAT:
         check_range("bits", bits, 2, 8)
         trace(_classifier(model).net, clean.shape)  # refuses now what would be refused after minutes
-    heal = recovery(epochs, lr) if epochs else None
-    done = prune_in_rounds(model, clean, sentence, rounds=rounds, pace=pace, heal=heal, on_step=on_step, generator=generator)
+    few = replace(sentence, score=_seeing(sentence.score, images))
+    done = prune_in_rounds(
+        model, clean, few, rounds=rounds, pace=pace, heal=heal if heal.epochs else None, on_step=on_step, generator=generator
+    )
     parameters = list(core(done.model).parameters())
     left = sum(int(parameter.count_nonzero()) for parameter in parameters)
     mask = hard(done.mask)
@@ -221,7 +235,16 @@ def _compressed(
     log = {**done.log, "compression": total / (total - cut), "nonzero": float(left)}
     if bits == FLOAT:
         return replace(done, log=log)
-    return replace(done, model=quantise(_classifier(done.model), _calibration(clean, generator), bits=bits), log=log)
+    return replace(done, model=quantise(_classifier(done.model), _drawn(clean, CALIBRATED, generator), bits=bits), log=log)
+
+
+def _seeing(score: Score, images: int) -> Score:
+    """Return a score that sees some of the clean images only."""
+
+    def few(model: nn.Module, clean: ImageSet, *, granularity: Granularity, generator: torch.Generator) -> Scores:
+        return score(model, _drawn(clean, images, generator), granularity=granularity, generator=generator)
+
+    return few
 
 
 def _classifier(model: nn.Module) -> Classifier:
@@ -230,5 +253,5 @@ def _classifier(model: nn.Module) -> Classifier:
     return model
 
 
-def _calibration(clean: ImageSet, generator: torch.Generator) -> ImageSet:
-    return clean.subset(torch.randperm(len(clean), generator=generator)[:CALIBRATED])
+def _drawn(clean: ImageSet, count: int, generator: torch.Generator) -> ImageSet:
+    return clean.subset(torch.randperm(len(clean), generator=generator)[:count])
