@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         ({"wrappers": [{"kind": "exec"}]}, "kind is one of clamp, round, got a value of type dict"),
         ({"wrappers": [{"after": "bn1", "kind": "clamp"}]}, "must have after, kind, low, high and nothing else"),
         ({"wrappers": [{"after": "bn9", "kind": "round", "decimals": 1}]}, "wrappers: unknown layer 'bn9'"),
-        ({"quant": {"bits": 8}}, "quant is not supported"),
+        ({"quant": {"bits": 8}}, "quant must have weight_bits, activation_bits, weights, activations and nothing else"),
         ({"steps": [1]}, "steps must be an object"),
         ({"ancestor_sha256": 3}, "ancestor_sha256"),
     ],
