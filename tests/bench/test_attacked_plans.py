@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from secateur.bench import stages
 from secateur.bench.driver import run
 from secateur.bench.executors import make
 from secateur.bench.nodes import expand
@@ -15,6 +18,7 @@ from secateur.bench.tables import rows
 from secateur.data import load_data
 from secateur.errors import DataError, SecateurError
 from secateur.measure import correct
+from secateur.measure.adversarial import craft
 from secateur.models import load_bundle, save
 from secateur.runs import new_network
 from secateur.state import generator
@@ -140,6 +144,24 @@ def test_mistakes_are_told(home, old, new, said):
     assert old in PLAN
     with pytest.raises(SecateurError, match=said):
         _written(home, PLAN.replace(old, new, 1))
+
+
+def test_a_quantised_network_is_attacked_with_every_gradient_known(home, tmp_path, monkeypatch):
+    plan = _written(
+        home, PLAN.replace('[[repair]]\nname = "fine-tuning"\nepochs = 1', '[[compress]]\nname = "quantisation"\nbits = 4')
+    )
+    plan = replace(plan, evasion=replace(plan.evasion, twin=False))
+    graph, store = expand(plan, digest_of), Store(tmp_path / "store")
+    tried = []
+    monkeypatch.setattr(stages, "craft", lambda attack, *rest: tried.append(attack.settings["forward"]) or craft(attack, *rest))
+    assert not run(graph, store, make("inline"), plan).failed
+    assert len({forward for forward in tried if forward is not None}) == 3
+    [row] = rows(graph, store)
+    model = load_bundle(store.folder(row.cell.keys[1]) / "model")
+    images = load_data(store.folder(graph.nodes[row.cell.keys[-1]].parents["white_box"]) / "adversarial.npz")
+    left = float(correct(model, images).double().mean())
+    assert row.rates["white_box"]["value"] == pytest.approx(left)
+    assert left < row.rates["accuracy"]["value"]
 
 
 def test_a_checkpoint_with_its_digest_is_pinned_and_may_be_missing(home, tmp_path):
