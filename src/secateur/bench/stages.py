@@ -9,7 +9,6 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,16 @@ from ..data import count_shared, load_data, load_trigger, save_npz, save_trigger
 from ..errors import DataError, InconclusiveError, ModelError
 from ..intake import load, read
 from ..measure import correct, cost, evaluate, wilson
-from ..measure.adversarial import ThreatModel, answers_of, bind, craft, logits_of
+from ..measure.adversarial import ThreatModel, craft
 from ..methods import Kind, get
 from ..models import Classifier, load_bundle, read_arch, save
 from ..poison import train_victim
 from ..poison.common import poison, unpoisoned
 from ..poison.retuning import retuned_success
 from ..prune import apply_mask
-from ..prune.edits import adaptives
 from ..prune.mask import hard
 from ..recipe import read_recipe
+from ..runs.evading import adaptive_attack
 from ..state import batch_size, generator
 from ..types import ImageSet, Poisoning, Rate
 from .choices import CHECKPOINT, NONE
@@ -165,20 +164,13 @@ def evade(work: Work) -> dict[str, Any]:
     if count is not None and count < len(test):
         test = test.subset(stratified(test.y, [count], generator=work.generator)[0])
     model, settings = _model(work), work.settings
-    method, random = get("evasion", work.node.method).load(), work.generator
+    attack, random = adaptive_attack(get("evasion", work.node.method), settings), work.generator
     threat = ThreatModel(eps=settings["eps"], norm=settings["norm"])
-    takes = "forward" in signature(method).parameters
-    forwards = list(adaptives(model).values()) if takes else [None]
-    attacks = [bind(method, **settings, **({} if forward is None else {"forward": forward})) for forward in forwards]
     size, stored, refused = batch_size(ATTACKED), [], 0
     for x, y in zip(test.x.split(size), test.y.split(size), strict=True):
-        kept, wrong = x, torch.zeros(len(x), dtype=torch.bool)
-        for attack in attacks:
-            made = craft(attack, model, x, y, threat, random)
-            kept = torch.where(wrong[:, None, None, None], kept, made.stored)  # the first that breaks an image, else the last
-            wrong |= answers_of(logits_of(model, made.stored, len(test.classes))) != y
-            refused += int((~made.admissible).sum())
-        stored.append(kept)
+        made = craft(attack, model, x, y, threat, random)
+        stored.append(made.stored)
+        refused += int((~made.admissible).sum())
     save_npz(replace(test, x=torch.cat(stored)), work.folder / "adversarial.npz")
     return {"n": len(test), "refused": refused, "threat": str(threat)}
 

@@ -4,16 +4,19 @@ The command line is a thin face over these functions; each returns a typed recor
 """
 
 from .attacking import AttackRun, attack
+from .compressing import CompressRun, compress
 from .records import check_fit, environment, how_visible, picture, software, tool
 from .repairing import RepairRun, repair
 from .training import TrainRun, new_network, train
 
 __all__ = [
     "AttackRun",
+    "CompressRun",
     "RepairRun",
     "TrainRun",
     "attack",
     "check_fit",
+    "compress",
     "environment",
     "how_visible",
     "new_network",

@@ -16,8 +16,10 @@ from ..attack import mi_fgsm
 from ..attack.ball import Norm
 from ..attack.network import Forward
 from ..errors import MethodError, ModelError, unknown
-from ..measure.adversarial import Bound, bind
+from ..measure.adversarial import Bound, bind, store
 from ..methods import Method, get, parameters, settings
+from ..prune.edits import adaptives
+from ..types import to_float
 
 # Two losses, because large logits blind cross-entropy, and Square, which needs no gradient. None drops broken images: points
 # that only just break one rarely survive as 8-bit files, and rates as stored would say nothing.
@@ -115,6 +117,34 @@ def _needed(row: Method, forwards: Mapping[str, Forward | None]) -> Mapping[str,
     if "forward" not in inspect.signature(row.load()).parameters:
         return PLAIN
     return {"": next(iter(forwards.values()))} if row.name in GRADIENT_FREE else forwards
+
+
+def adaptive_attack(row: Method, given: Mapping[str, Any]) -> Bound:
+    """Return an attack that follows every gradient known for the network it is given (`prune.adaptives`).
+
+    Of an image the first points are kept that break it as 8-bit files keep them, else the last.
+
+    Args:
+        row: An evasion attack.
+        given: Its settings; the rest are defaults.
+    """
+    attack = row.load()
+
+    @wraps(attack)
+    def run(model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, **given: Any) -> Tensor:
+        found, wrong, original = x, torch.zeros(len(x), dtype=torch.bool, device=x.device), (x * 255).round().to(torch.uint8)
+        for forward in _needed(row, adaptives(model)).values():
+            extra = {} if forward is None else {"forward": forward}
+            points = attack(model, x, y, **given, **extra, generator=generator)
+            found = torch.where(wrong[:, None, None, None], found, points)
+            with torch.no_grad():
+                wrong |= model(to_float(store(original, points))).argmax(dim=1) != y
+            if bool(wrong.all()):
+                break
+        return found
+
+    bound = bind(attack, **settings(row, given)).settings
+    return Bound(run, {name: value for name, value in bound.items() if name != "forward"})
 
 
 def _spelt(name: str) -> str:

@@ -15,11 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from .. import __version__
-from ..errors import InconclusiveError, ModelError
+from ..data import count_shared, holdout
+from ..errors import DataError, InconclusiveError, ModelError
 from ..measure import Evaluation, Visibility, cost, evaluate, visibility
 from ..models import Classifier
 from ..types import ImageSet, Rate, Trigger, to_float
 
+HOLDOUT = 0.2
 SEEN = 1000  # images on which a trigger's visibility is measured
 
 
@@ -48,6 +50,21 @@ def check_better_than_chance(before: Mapping[str, Any], data: ImageSet) -> None:
             f"accuracy on the given images is {100 * accuracy['value']:.1f} % (at least {100 * accuracy['low']:.1f} %, "
             f"n={accuracy['n']}), no better than always answering the commonest class ({100 * commonest:.1f} %); {remedy}"
         )
+
+
+def share_out(clean: ImageSet, test: ImageSet | None, *, generator: torch.Generator) -> tuple[ImageSet, ImageSet, int]:
+    """Return the images a method sees, those to measure on (without ``test`` a fifth of the others), and how many are both.
+
+    Raises:
+        DataError: All test images are among those that the method sees.
+    """
+    seen, measured = (clean, test) if test is not None else holdout(clean, HOLDOUT, generator=generator)
+    shared = count_shared(measured, seen)
+    if shared == len(measured):
+        raise DataError(
+            "the test images are all among the clean images, which the method sees; give others, or leave --test out"
+        )
+    return seen, measured, shared
 
 
 def now() -> str:

@@ -12,8 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from ..compress import Removal, remove_channels
-from ..data import count_shared, holdout
-from ..errors import DataError
 from ..measure import predict
 from ..methods import check_suspect, get, settings
 from ..models import Classifier, core
@@ -22,9 +20,8 @@ from ..prune.mask import hard
 from ..state import generator
 from ..train import OnNote, OnStep
 from ..types import ChannelMask, HardMask, ImageSet, NeuronGraph, Repaired, Result, Trigger
-from .records import check_better_than_chance, check_fit, describe, environment, inputs, measure, now, rate_of, tool
+from .records import check_better_than_chance, check_fit, describe, environment, inputs, measure, now, rate_of, share_out, tool
 
-HOLDOUT = 0.2
 ENTRIES, LARGEST = 300, 1e100  # of a history that a record keeps: how many, and the largest number
 EDGES = 10_000  # of all graphs together that a record keeps
 NO_TRIGGER = (
@@ -92,12 +89,7 @@ def repair(
     chosen = settings(row, arguments or {})
     check_suspect(row, given=suspect is not None)
     random = generator(seed)
-    seen, measured = (clean, test) if test is not None else holdout(clean, HOLDOUT, generator=random)
-    shared = count_shared(measured, seen)
-    if shared == len(measured):
-        raise DataError(
-            "the test images are all among the clean images, which the repair sees; give others, or leave --test out"
-        )
+    seen, measured, shared = share_out(clean, test, generator=random)
     check_fit(model, seen)
     check_fit(model, measured)
     if suspect is not None:
@@ -182,7 +174,7 @@ def _details(model: Classifier, repaired: Repaired, removal: Removal | None) -> 
     learned = {"history": _history(repaired.history), "graphs": _graphs(repaired.graphs)}
     return {
         "path": path,
-        "layers": _layers(model, repaired) if hard(repaired.mask) else [],
+        "layers": layers_cut(model, repaired) if hard(repaired.mask) else [],
         "log": dict(repaired.log),
         "notes": notes,
         **{name: value for name, value in learned.items() if value},
@@ -217,7 +209,7 @@ def _graphs(graphs: Sequence[NeuronGraph]) -> list[dict[str, Any]]:
     return shown
 
 
-def _layers(model: Classifier, repaired: Repaired) -> list[dict[str, Any]]:
+def layers_cut(model: Classifier, repaired: Repaired) -> list[dict[str, Any]]:
     """Return, for every prunable layer or masked site in the network's order, how much was cut."""
     keep: dict[str, Tensor] = {}
     if repaired.mask is not None and hasattr(repaired.mask, "keep"):
