@@ -152,7 +152,8 @@ def test_images_of_another_size_are_told_how_to_fit(files, capsys):
 
 
 def test_a_missing_extra_is_named(files, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    for name in ["pyautoattack", *(name for name in sys.modules if name.startswith("pyautoattack."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     assert run([*ATTACK, "--method", "autoattack"]) == 2
     assert "autoattack needs pyautoattack; run: pip install secateur[robust]" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -136,6 +137,9 @@ def test_rates_under_attack_are_those_of_the_images_kept(plan, tmp_path):
         ('label = "theirs"', "mean = 0.5", r"mean of \[\[model\]\] must be a list of numbers"),
         ('label = "theirs"', 'name = "resnet2"', r"unknown architecture 'resnet2'"),
         ("seed = 3", "seed = -1", r"seed must be whole numbers"),
+        ('label = "theirs"', 'name = "own.py:make"', r"is a network of the zoo, got name 'own.py:make'"),
+        ('name = "pgd"', 'name = "none"', r"\[evasion\] needs an attack"),
+        ('name = "convnet"\nwidth = 4', 'checkpoint = "net"', r"'Another one' is a \[\[model\]\] of the table itself"),
         (PLAN[PLAN.index("[evasion]") : PLAN.index("[[surrogate]]")], "", r"\[\[surrogate\]\] is for \[evasion\]"),
     ],
 )  # fmt: skip
@@ -176,6 +180,31 @@ def test_a_checkpoint_with_its_digest_is_pinned_and_may_be_missing(home, tmp_pat
     graph, store = expand(elsewhere, digest_of), Store(tmp_path / "store")
     failed = run(graph, store, make("inline"), elsewhere).failed
     assert any(f"put the file with sha256 {digest} there" in outcome.message for outcome in failed.values())
+
+
+def test_a_surrogate_is_another_network(home):
+    text = PLAN.replace('checkpoint = "net"\nlabel = "theirs"', 'name = "convnet"\nwidth = 4').replace("seed = 3", "seed = 0")
+    with pytest.raises(SecateurError, match=r"'Another one' is a \[\[model\]\] of the table itself; give it another seed"):
+        _written(home, text)
+
+
+def test_a_checkpoint_that_changed_under_a_run_is_noticed(home, tmp_path):
+    shutil.copytree(home / "net", tmp_path / "net")
+    (tmp_path / "plan.toml").write_text(PLAN, "utf-8")
+    plan = read_plan(tmp_path / "plan.toml")
+    graph, store = expand(plan, digest_of), Store(tmp_path / "store")
+    (tmp_path / "net" / "README.md").write_text("other", "utf-8")
+    failed = run(graph, store, make("inline"), plan).failed
+    assert any("changed after the plan was read" in outcome.message for outcome in failed.values())
+
+
+def test_a_twin_that_is_the_network_itself_says_nothing(home, tmp_path):
+    plan = _written(home, PLAN.replace('[[repair]]\nname = "fine-tuning"\nepochs = 1', '[[compress]]\nname = "quantisation"'))
+    graph, store = expand(plan, digest_of), Store(tmp_path / "store")
+    assert not run(graph, store, make("inline"), plan).failed
+    [row] = rows(graph, store)
+    assert "transfer_twin" not in row.rates
+    assert {"white_box", "transfer_parent", "worst_transfer"} <= set(row.rates)
 
 
 def test_a_checkpoint_that_is_not_there(home):

@@ -9,7 +9,8 @@ from secateur.compress.pruning import SCORES, gap, pruning, quantisation
 from secateur.errors import MethodError
 from secateur.methods import table
 from secateur.models import core, load_bundle, quantisation_of, save
-from secateur.prune import prunable_layers
+from secateur.prune import Compression, prunable_layers, select
+from secateur.prune.gap import gap as gap_scores
 from secateur.prune.mask import hard
 from secateur.state import generator
 
@@ -37,15 +38,16 @@ def test_whole_model_compression_is_what_was_asked(trained, images, target, scop
 
 
 def test_gap_cuts_what_has_the_largest_score(trained, images):
-    """This network's layers before the classifier have no bias, so that GAP's parameters are those of the others."""
+    """This network's layers before the classifier have no bias, so that GAP's parameters are weights."""
+    random = generator(0)
+    seen = images.subset(torch.randperm(len(images), generator=random)[:1024])
+    scores = gap_scores(trained, seen, generator=random)
+    total = sum(parameter.numel() for parameter in parameters_of(trained).values())
+    masks = {order: select(scores, Compression(2.0, total), order=order, scope="global") for order in ("largest", "smallest")}
     done = gap(trained, images, target=2.0, epochs=0, generator=generator(0))
-    masks = {
-        order: pruning(trained, images, target=2.0, score="gap", order=order, epochs=0, generator=generator(0)).mask.keep
-        for order in ("largest", "smallest")
-    }
-    assert masks["largest"].keys() == done.mask.keep.keys()
-    assert all(torch.equal(done.mask.keep[name], keep) for name, keep in masks["largest"].items())
-    assert not all(torch.equal(done.mask.keep[name], keep) for name, keep in masks["smallest"].items())
+    assert masks["largest"].keep.keys() == done.mask.keep.keys()
+    assert all(torch.equal(done.mask.keep[name], keep) for name, keep in masks["largest"].keep.items())
+    assert not all(torch.equal(done.mask.keep[name], keep) for name, keep in masks["smallest"].keep.items())
 
 
 def test_zeros_stay_through_rounding_saving_and_loading(trained, images, tmp_path):
@@ -72,15 +74,21 @@ def test_a_network_can_be_rounded_with_and_without_training(trained, images):
     assert len(parameters_of(rounded)[weight][0].unique()) <= 15
 
 
+def test_a_quantised_network_is_refused_at_once(trained, images):
+    rounded = quantisation(trained, images, generator=generator(0)).model
+    with pytest.raises(MethodError, match=r"quantised already"):
+        pruning(rounded, images, bits=8, generator=generator(0))
+
+
 def test_every_score_of_weights_can_be_named():
-    assert set(SCORES) == {row.name for row in table("score")} - {"hydra"}
+    assert set(SCORES) == {row.name for row in table("score")} - {"gap", "hydra"}  # these have compressors of their own
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"score": "l3"}, r"unknown score 'l3'"),
-        ({"bits": 16}, r"bits must lie in \[2, 8\]"),
+        ({"bits": 16}, r"bits must lie in \[2, 8\], or be 32 for floating point, got 16"),
         ({"target": 0.5}, r"compression must lie in"),
         ({"target": 1e6}, r"compression must lie in"),
     ],

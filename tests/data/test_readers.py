@@ -156,7 +156,7 @@ def test_floats_between_levels_are_rounded(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"images": X, "y": Y}, "must hold 'x' and 'y', but has images, y; rename"),
+        ({"images": X, "y": Y}, "must hold 'x' and 'y', but has images, y; add or rename"),
         ({"train_x": X, "train_y": Y}, r"has train_x, train_y; write .*d.npz:train"),
         ({"x": X, "y": Y[:5]}, "equally many, but .* has 6 and 5"),
         ({"x": X, "y": Y.astype(float)}, r"labels must be whole numbers \(n,\), but .* float64"),

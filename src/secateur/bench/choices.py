@@ -87,8 +87,11 @@ def _checkpoint(table: Mapping[str, Any], home: Path) -> Choice:
         said["input_size"] = typed("input_size of [[model]]", table["input_size"], int)
     if "name" in table:
         said["arch"] = typed("name of [[model]]", table["name"], str)
-        if not is_reference(said["arch"]):
-            resolve(said["arch"], {})
+        if is_reference(said["arch"]):
+            raise MethodError(
+                f"a checkpoint of a plan is a network of the zoo, got name '{said['arch']}'; convert it to a bundle first"
+            )
+        resolve(said["arch"], {})
     path = home / file
     wanted = typed("sha256 of [[model]]", table["sha256"], str) if "sha256" in table else None
     digest = _digest(path) if wanted is None or path.exists() else wanted  # a plan that says it can be read without the file
@@ -101,6 +104,8 @@ def _checkpoint(table: Mapping[str, Any], home: Path) -> Choice:
 def read_evasion(table: Mapping[str, Any], home: Path) -> Choice:
     """Return the attack of [evasion]; its eps may be a fraction, ``"8/255"``."""
     given = {key: _fraction(key, value) if isinstance(value, str) and "/" in value else value for key, value in table.items()}
+    if table.get("name") == NONE:
+        raise MethodError("[evasion] needs an attack; leave the table out for none")
     choices = list(_methods("evasion", given, home))
     if len(choices) != 1:
         raise MethodError("[evasion] is one attack: its settings cannot be lists")

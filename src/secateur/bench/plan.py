@@ -193,6 +193,13 @@ def _plan(raw: Mapping[str, Any], path: Path) -> Plan:
     backdoors = read_choices(raw, "backdoor", path.parent)
     if any(model.name == CHECKPOINT for model in models) and any(backdoor.name != NONE for backdoor in backdoors):
         raise MethodError("a checkpoint of [[model]] cannot be given a backdoor: the only [[backdoor]] must be 'none'")
+    seeds = _seeds(raw, "victim_seeds")
+    for each in evasion.surrogates if evasion else ():
+        own = any((model.name, model.settings) == (each.model.name, each.model.settings) for model in models)
+        if own and (each.model.name == CHECKPOINT or each.seed in seeds):
+            raise MethodError(
+                f"the [[surrogate]] '{each.model.label}' is a [[model]] of the table itself; give it another seed"
+            )
     return Plan(
         name=typed("name", raw.get("name", path.name.partition(".")[0]), str),
         data=_data(table_at(raw, "data"), path.parent),
@@ -201,7 +208,7 @@ def _plan(raw: Mapping[str, Any], path: Path) -> Plan:
         repairs=read_choices(raw, "repair", path.parent, optional=True),
         compressors=read_choices(raw, "compress", path.parent, optional=True),
         recipe=recipe,
-        victim_seeds=_seeds(raw, "victim_seeds"),
+        victim_seeds=seeds,
         repair_seeds=_seeds(raw, "repair_seeds"),
         threads=_at_least_1("threads", raw.get("threads", 1)),
         device=one_of("device", raw.get("device", "cpu"), DEVICES),

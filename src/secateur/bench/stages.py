@@ -36,6 +36,7 @@ from .choices import CHECKPOINT, NONE
 from .nodes import Node
 from .oracle import choose, load_path, save_path
 from .plan import RETUNED
+from .source import content
 from .store import read_config, read_result
 
 ATTACKED = 250  # images at once
@@ -139,6 +140,8 @@ def _checkpoint(work: Work) -> dict[str, Any]:
     path = Path(work.source[digest])
     if not path.exists():
         raise DataError(f"there is no checkpoint at {path}; put the file with sha256 {digest} there")
+    if content(path) != digest:
+        raise DataError(f"the checkpoint at {path} changed after the plan was read; run the plan again")
     reading = read(path)
     if reading.format != "bundle":  # which says its own
         said["classes"] = images.classes
@@ -196,6 +199,8 @@ def _under_attack(work: Work, model: Classifier) -> dict[str, Rate]:
         for metric, folder in work.parents.items()
         if metric not in ("model", "data", "trigger", "parent")
     }
+    if "transfer_twin" in attacked and torch.equal(attacked["transfer_twin"].x, attacked["white_box"].x):
+        del attacked["transfer_twin"]  # what was done draws nothing: the twin is the network itself
     right = {metric: correct(model, images) for metric, images in attacked.items()}
     others = [answers for metric, answers in right.items() if metric != "white_box"]
     if "transfer_parent" in right:

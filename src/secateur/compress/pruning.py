@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import MethodError, check_choice, check_range
-from ..models import Classifier, core
+from ..models import Classifier, core, quantisation_of
 from ..models.flow import trace
 from ..prune import Compression, Sentence, activity, gradients, magnitude, movement, prunable_layers, prune_in_rounds, removed
 from ..prune import gap as gaps
@@ -30,7 +30,6 @@ from .quantise import Observer, qat, quantise
 
 SCORES: Mapping[str, Score] = {
     "activation": activity.activation,
-    "gap": gaps.gap,
     "gradient": gradients.gradient,
     "gradient-weight": gradients.gradient_weight,
     "l1": magnitude.l1,
@@ -69,7 +68,8 @@ def pruning(
         model: Takes images in [0, 1]; not changed.
         clean: Labelled clean images: they score (where the score reads images), heal, and tell the ranges of feature maps.
         target: All parameters over those left, >= 1. Only weights before the classifier can go.
-        score: What ranks the weights (``secateur list scores``); its settings are its defaults.
+        score: What ranks the weights: ``activation``, ``gradient``, ``gradient-weight``, ``l1``, ``l2``, ``movement``, ``obd``,
+            ``random``, ``snip`` or ``taylor`` (``secateur list scores``), with their defaults.
         scope: One ranking per ``layer``, or one ``global``.
         order: Cut the ``smallest`` or the ``largest`` first.
         rounds: Cuts, with a fine-tuning after each, >= 1.
@@ -120,8 +120,8 @@ def gap(
 ) -> Repaired:
     """Cut the weights and biases with the *largest* gradient on adversarial images, then fine-tune with the zeros held.
 
-    Greedy Adversarial Pruning, whose authors say that it hardens a network against attacks made on the one before. What we
-    found stands in ``docs/compression.md``.
+    Greedy Adversarial Pruning, whose authors say that it hardens a network against attacks made on the one before. See
+    ``docs/compression.md``.
 
     Args:
         model: Takes images in [0, 1]; not changed.
@@ -221,21 +221,22 @@ def _compressed(
 ) -> Repaired:
     check_range("images", images, 1, 2**31)
     if bits != FLOAT:
-        check_range("bits", bits, 2, 8)
+        if not 2 <= bits <= 8:
+            raise MethodError(f"bits must lie in [2, 8], or be {FLOAT} for floating point, got {bits}")
+        if quantisation_of(_classifier(model)) is not None:
+            raise MethodError("the network is quantised already; take that off first (models.dequantised)")
         trace(_classifier(model).net, clean.shape)  # refuses now what would be refused after minutes
     few = replace(sentence, score=_seeing(sentence.score, images))
     done = prune_in_rounds(
         model, clean, few, rounds=rounds, pace=pace, heal=heal if heal.epochs else None, on_step=on_step, generator=generator
     )
-    parameters = list(core(done.model).parameters())
-    left = sum(int(parameter.count_nonzero()) for parameter in parameters)
     mask = hard(done.mask)
     cut = sum(removed(mask).values()) if mask is not None else 0
-    total = sum(parameter.numel() for parameter in parameters)
-    log = {**done.log, "compression": total / (total - cut), "nonzero": float(left)}
+    total = sum(parameter.numel() for parameter in core(done.model).parameters())
+    done = replace(done, log={**done.log, "compression": total / (total - cut)})
     if bits == FLOAT:
-        return replace(done, log=log)
-    return replace(done, model=quantise(_classifier(done.model), _drawn(clean, CALIBRATED, generator), bits=bits), log=log)
+        return done
+    return replace(done, model=quantise(_classifier(done.model), _drawn(clean, CALIBRATED, generator), bits=bits))
 
 
 def _seeing(score: Score, images: int) -> Score:

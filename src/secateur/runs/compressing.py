@@ -29,7 +29,7 @@ ATTACKED = 500  # images under attack
 STEPS = 10
 BEFORE, AFTER = "before", "after"
 ONE_SEED = "One compression with one seed: another seed gives other numbers."
-TWIN = "Attacks follow the quantised network's twin in floating point; of the integer file only the share of equal answers is known."
+TWIN = "Attacks follow the twin in floating point; of an integer file only the share of equal answers is known."
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +210,7 @@ def _runtime(model: Classifier, data: ImageSet) -> dict[str, Any]:
 def _limitations(model: Classifier, test: ImageSet | None, measured: ImageSet, shared: int) -> list[str]:
     said = [
         ONE_SEED,
-        f"Attacked by PGD of {STEPS} steps alone: what it leaves bounds robustness from above. secateur attack checks the figure.",
+        f"Attacked by PGD of {STEPS} steps alone: what that leaves bounds robustness from above; secateur attack does more.",
     ]
     if quantisation_of(model) is not None:
         said.append(TWIN)
