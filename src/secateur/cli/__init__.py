@@ -21,6 +21,7 @@ COMMANDS = {
     "info": ("secateur.cli.info:info", "Tell what a checkpoint is and what speaks against it; nothing of it is run."),
     "convert": ("secateur.cli.convert:convert", "Write a checkpoint as a bundle, which needs no pickle."),
     "repair": ("secateur.cli.repair:repair", "Repair a network with a little clean data."),
+    "compress": ("secateur.cli.compress:compress", "Compress a network, and say what that does to its robustness."),
     "attack": ("secateur.cli.attack:attack", "Measure robustness to small changes, and what speaks against the figure."),
     "train": ("secateur.cli.train:train", "Train a network, for instance a victim on poisoned images."),
     "poison": ("secateur.cli.poison:poison", "Put a backdoor trigger into a training set."),
@@ -33,7 +34,7 @@ BENCH = {
     "report": ("secateur.cli.bench:report", "Print a plan's table as text, Markdown, CSV, JSON or Parquet."),
     "reindex": ("secateur.cli.bench:reindex", "Write the index of a store anew from its results."),
 }
-METHODS_OF: Mapping[str, Kind] = {"repair": "repair", "poison": "backdoor", "attack": "evasion"}
+METHODS_OF: Mapping[str, Kind] = {"repair": "repair", "compress": "compressor", "poison": "backdoor", "attack": "evasion"}
 EXIT_UNEXPECTED = 2
 EXIT_INTERRUPTED = 130
 

@@ -15,7 +15,7 @@ from .files import run_folder, write_result
 from .options import Flag, ModelFlags, Output, RunFlags, Settings, assignments, fresh
 
 if TYPE_CHECKING:
-    from ..runs import RepairRun
+    from ..runs import CompressRun, RepairRun
     from ..types import Result
 
 NO_MODEL_FLAGS = ModelFlags()
@@ -102,8 +102,8 @@ def repair(
     return gates(run.result, max_asr=max_asr, max_acc_drop=max_acc_drop)
 
 
-def write(run: RepairRun, home: Path, bundle: Path, *, ancestor: str | None, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Write bundle, record and report; ``ancestor`` is the digest of what was repaired, ``earlier`` its steps."""
+def write(run: RepairRun | CompressRun, home: Path, bundle: Path, *, ancestor: str | None, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write bundle, record and report; ``ancestor`` is the digest of what came in, ``earlier`` its steps."""
     from ..models import save
 
     save(run.model, bundle, masks=run.mask, steps=[*earlier, run.step], ancestor_sha256=ancestor, overwrite=True)

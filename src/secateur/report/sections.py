@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from . import inside, robustness, wording
+from . import compression, inside, robustness, wording
 from .parts import Bar, Cell, Record, Section, Span, Table, number_cell, rate_cell, text_cell
 from .wording import Rate, clip, number, plain, setting
 
@@ -38,6 +38,7 @@ def sections(result: Record) -> tuple[Section, ...]:
         _outcome(result["before"], result["after"]),
         *(robustness.sections(measured) if measured else ()),
         *inside.sections(details.get("study")),
+        *compression.sections(details.get("compression")),
         _compared(result["before"], details.get("compared", ())),
         _learning(details.get("history", ())),
         _path(details.get("path", ())),
@@ -55,7 +56,9 @@ def sections(result: Record) -> tuple[Section, ...]:
 
 def headline(result: Record) -> str:
     """Return the sentence on top: the verdict, if there is one, and the figures that matter."""
-    return robustness.headline(result) if "robustness" in result["details"] else wording.headline(result)
+    if "robustness" in result["details"]:
+        return robustness.headline(result)
+    return compression.headline(result) if "compression" in result["details"] else wording.headline(result)
 
 
 def _tidy(table: Table) -> Table:

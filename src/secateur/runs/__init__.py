@@ -4,7 +4,7 @@ The command line is a thin face over these functions; each returns a typed recor
 """
 
 from .attacking import AttackRun, attack
-from .compressing import CompressRun, compress
+from .compressing import CompressRun, asked, compress
 from .records import check_fit, environment, how_visible, picture, software, tool
 from .repairing import RepairRun, repair
 from .training import TrainRun, new_network, train
@@ -14,6 +14,7 @@ __all__ = [
     "CompressRun",
     "RepairRun",
     "TrainRun",
+    "asked",
     "attack",
     "check_fit",
     "compress",

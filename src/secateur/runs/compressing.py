@@ -91,7 +91,7 @@ def compress(
         ModelError: The images do not fit the network.
     """
     row = get("compressor", method)
-    chosen = settings(row, {**(arguments or {}), **_asked(row, target, bits)})
+    chosen = settings(row, {**(arguments or {}), **asked(row, target, bits)})
     check_range("eps", eps, 1e-12, 1)
     check_range("images", images, 1, 2**31)
     random, tell = generator(seed), on_note or (lambda _: None)
@@ -138,7 +138,7 @@ def compress(
     return CompressRun(final, hard(done.mask), result, step)
 
 
-def _asked(row: Method, target: float | None, bits: int | None) -> dict[str, Any]:
+def asked(row: Method, target: float | None, bits: int | None) -> dict[str, Any]:
     """Return the settings that a target and a number of bits are, for this method."""
     known = {parameter.name for parameter in parameters(row)}
     found: dict[str, Any] = {}

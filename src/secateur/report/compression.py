@@ -1,0 +1,60 @@
+"""Sections of a compression's record: how small it is now, and whose images fool whom."""
+
+from __future__ import annotations
+
+from .parts import Cell, Record, Section, Table, rate_cell, text_cell
+from .wording import human, percent, plain, rate
+
+SIZES = {"dense": "Every value as float32", "encoded": "Zeros as a bitmap, whole numbers as bytes, compressed"}
+
+
+def headline(result: Record) -> str:
+    """Return what was gained and what it cost."""
+    before, after = result["before"], result["after"]
+    found = result["details"]["compression"]
+    times = f"{found['times']:.3g} times fewer parameters" if "times" in found else "The same parameters"
+    small = [human(value, "B") for value in found["bytes"]["encoded"]]
+    return (
+        f"{times}, {small[0]} to {small[1]} encoded; accuracy {percent(before['accuracy']['value'])} to "
+        f"{percent(after['accuracy']['value'])}, under attack at most {percent(before['adversarial_accuracy']['value'])} to "
+        f"{percent(after['adversarial_accuracy']['value'])}."
+    )
+
+
+def sections(found: Record | None) -> tuple[Section, ...]:
+    """Return sizes, and accuracy under the images made on each of the two networks."""
+    if found is None:
+        return ()
+    rows = [
+        (text_cell(SIZES[name]), *(Cell(human(value, "B"), f"{value:,} bytes", value) for value in pair))
+        for name, pair in found["bytes"].items()
+    ]
+    lines, runtime = [], found.get("runtime")
+    if runtime is not None and "why" in runtime:
+        lines = [f"No integer file: {plain(runtime['why'])}."]
+    elif runtime is not None:
+        rows.append((text_cell("8-bit ONNX file"), Cell(""), Cell(human(runtime["bytes"], "B"), "", runtime["bytes"])))
+        lines = [
+            f"ONNX Runtime gives the answer of the network here on {rate(runtime['agreement'])} of the images; "
+            f"accuracy there {rate(runtime['accuracy'])}."
+        ]
+    sizes = Section("sizes", "How small", tuple(lines), (Table(("Kept as", "Before", "After"), tuple(rows)),))
+    return sizes, _transfer(found)
+
+
+def _transfer(found: Record) -> Section:
+    rows = tuple(
+        (
+            text_cell(f"made on the network {cell['source']}"),
+            text_cell(f"shown to the network {cell['target']}"),
+            rate_cell(cell["left"]),
+            rate_cell(cell["success"]),
+        )
+        for cell in found["transfer"]
+    )
+    lines = (
+        f"{plain(found['budget'])}; {plain(found['threat'])}.",
+        "A network shown its own images is the white box; few right answers to begin with leave few to lose.",
+    )
+    head = ("Images", "", "Answered rightly", "Fooled, of those both answer rightly when clean")
+    return Section("transfer", "Under attack, before and after", lines, (Table(head, rows),))

@@ -1,0 +1,102 @@
+"""``secateur compress`` and its run: what the record says is what the networks do, and mistakes are one clear line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from secateur import runs
+from secateur.cli import run
+from secateur.compress import encode
+from secateur.data import save_npz
+from secateur.errors import MethodError
+from secateur.measure import correct
+from secateur.methods import get
+from secateur.models import core, load_bundle, quantisation_of, save
+
+EPS = 0.3
+
+
+@pytest.fixture(scope="module")
+def done(trained, bars):
+    return runs.compress(
+        trained, bars(90, 1), target=2.0, bits=8, arguments={"epochs": 1}, test=bars(60, 2), eps=EPS, images=30
+    )
+
+
+@pytest.fixture
+def files(trained, bars, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(trained, tmp_path / "net")
+    save_npz(bars(90, 1), tmp_path / "clean.npz")
+    save_npz(bars(60, 2), tmp_path / "test.npz")
+    return tmp_path
+
+
+COMPRESS = ["compress", "net", "--data", "clean.npz", "--test", "test.npz", "--eps", "0.05", "--images", "20", "-q"]
+
+
+def test_the_record_says_what_the_networks_do(done, trained, bars):
+    record = done.result
+    assert record.after["accuracy"]["value"] == float(correct(done.model, bars(60, 2)).double().mean())
+    found = record.details["compression"]
+    assert found["times"] == pytest.approx(2, rel=0.02)
+    assert found["bytes"]["encoded"] == [len(encode(trained)), len(encode(done.model))]
+    assert found["bytes"]["encoded"][1] < found["bytes"]["encoded"][0]
+    cells = {(cell["source"], cell["target"]): cell for cell in found["transfer"]}
+    assert len(cells) == 4
+    assert cells["before", "before"]["left"]["n"] == 30
+    assert record.before["adversarial_accuracy"]["value"] <= cells["before", "before"]["left"]["value"]
+    assert record.before["adversarial_accuracy"]["value"] < record.before["accuracy"]["value"]
+    assert quantisation_of(done.model) is not None
+    assert any("twin" in said for said in record.limitations)
+
+
+def test_the_verb_writes_a_bundle_that_keeps_its_zeros(files, capsys, schema):
+    assert run([*COMPRESS, "--target", "2x", "--int8", "--set", "epochs=1", "-o", "out"]) == 0
+    record = json.loads((files / "out" / "result.json").read_text())
+    schema.validate(record)
+    assert record["kind"] == "compress"
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 times fewer parameters" in out
+    assert "HOW SMALL" in out
+    assert "UNDER ATTACK, BEFORE AND AFTER" in out
+    model = load_bundle(files / "out")
+    assert quantisation_of(model).weight_bits == 8
+    zeros = sum(int((value == 0).sum()) for value in core(model).parameters())
+    assert zeros >= sum(layer["removed"] for layer in record["details"]["layers"]) > 0
+    assert run(["report", "out", "--format", "md"]) == 0
+    assert "Under attack, before and after" in capsys.readouterr().out
+
+
+def test_a_method_that_cuts_a_share_gets_the_share_of_a_target():
+    assert runs.asked(get("compressor", "harp"), 4.0, None) == {"fraction": 0.75}
+    assert runs.asked(get("compressor", "pruning"), 4.0, 8) == {"target": 4.0, "bits": 8}
+    with pytest.raises(MethodError, match=r"'quantisation' has no target"):
+        runs.asked(get("compressor", "quantisation"), 4.0, None)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--target", "four"], "--target must be a number from 1 on, like 4x, got 'four'"),
+        (["--target", "0.5x"], "--target must be a number from 1 on"),
+        (["--int8", "--bits", "4"], "--int8 is --bits 8, got --bits 4 besides"),
+        (["--method", "harp", "--int8"], "'harp' does not round"),
+        (["--method", "gab"], "did you mean 'gap'"),
+        (["--eps", "0"], "--eps must be a number above 0"),
+        (["--target", "1000x"], "compression must lie in"),
+    ],
+)
+def test_mistakes_are_one_line(files, capsys, more, said):
+    assert run([*COMPRESS, *more]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (files / "out").exists()
+
+
+def test_a_gate_that_fails(files, capsys):
+    assert run([*COMPRESS, "--target", "40x", "--set", "epochs=0", "--max-acc-drop", "0.01", "-o", "out"]) == 1
+    assert "gate failed: accuracy fell by" in capsys.readouterr().err
