@@ -157,6 +157,37 @@ def test_a_norm_that_flips_or_silences_channels_and_biases_beyond_32_bits(traine
     assert any("coarser weights" in note for note in made.notes)
 
 
+def dead_rows(trained):
+    """A filter of zeros under a norm whose variance has gone, as fine-tuning a pruned network leaves it; a norm's weight of 0."""
+    model = copy.deepcopy(trained)
+    with torch.no_grad():
+        model.net.conv2.weight[3] = 0
+        model.net.bn2.running_mean[3], model.net.bn2.running_var[3] = 0, 5e-8
+        model.net.bn2.weight[3], model.net.bn2.bias[3] = 1.2, 0.418
+        model.net.bn2.weight[5], model.net.bn2.bias[5] = 0, 1e-3
+    return model
+
+
+def test_filters_of_zeros_keep_their_biases(trained, images, tmp_path):
+    model, x = dead_rows(trained), to_float(images.x[:30])
+    quantised = quantise(model, images, weight_bits=7)
+    bias = model.net.bn2.bias.detach()
+    assert torch.equal(quantised.net.bn2.bias[[3, 5]], bias[[3, 5]])
+    without = copy.deepcopy(model)
+    with torch.no_grad():
+        without.net.bn2.bias[3] = 0
+        wanted, found, lost = (network(x) for network in (model, quantised, without))
+    assert float((found - wanted).abs().mean()) < 0.5 * float((lost - wanted).abs().mean())
+    made = export_onnx(quantised, tmp_path / "a.onnx")
+    assert not made.notes
+    assert torch.allclose(Runtime(made.path)(x), found, atol=0.01 * float(found.abs().amax()))
+    graph = onnx.load(made.path).graph
+    [names] = [node.input for node in graph.node if node.input and node.input[0].startswith("conv2.bias")]
+    values = {t.name: torch.tensor(onnx.numpy_helper.to_array(t)) for t in graph.initializer}
+    kept = values[names[0]].double() * values[names[1]].double()
+    assert torch.allclose(kept[[3, 5]].float(), bias[[3, 5]], rtol=2e-6)
+
+
 def test_what_cannot_be_exported(trained, twin, images, tmp_path, monkeypatch):
     path = tmp_path / "a.onnx"
     with pytest.raises(ModelError, match="feature maps of 8 bits, got 6"):

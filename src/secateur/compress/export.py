@@ -29,12 +29,14 @@ from torch import Tensor, fx, nn
 from ..errors import ModelError, check_range
 from ..models import Classifier, Quantisation, quantisation_of, wrappers_of
 from ..models.flow import Flow, affine, after, folded, is_layer, origin, trace
+from ..models.quant import LARGEST, SMALLEST
 from ..models.quantised import check_grid, flow_of, levels, whole
 from ..state import evaluating
 from .onnx_ops import array, pair, write
 
 OPSET, IR = 17, 8
 BIAS = 2**30  # largest bias in steps: int32 with a bit to spare for the sum that it is added to
+ALONE = 2**20  # steps of the bias of a row of zeros, whose step is free: float32 tells apart what is 16 times finer
 
 
 @dataclass(frozen=True)
@@ -205,11 +207,9 @@ class _Graph:
             return self.constant(array(weight), f"{layer}.weight"), self.constant(array(shift), f"{layer}.bias")
         bits, steps = self.quantisation.weight_bits, self.quantisation.weights[layer].double().cpu()
         numbers = whole(weight, steps, bits) * factor.sign().reshape(-1, *[1] * (weight.ndim - 1))
-        scale = steps * factor.abs()
-        scale = torch.where(
-            scale > 0, scale, torch.ones_like(scale)
-        )  # a norm's weight of 0: its numbers are 0, any step will do
         given, _ = self.quantisation.activations[self.sites[origin(source, self.modules)]]
+        dead = numbers.flatten(1).abs().amax(dim=1) == 0  # a filter of zeros, or a norm's weight of 0
+        scale = torch.where(dead, _alone(shift, given), steps * factor.abs())
         floor = shift.abs() / (given * BIAS)
         wider = torch.maximum(scale, floor)  # where a bias would leave 32 bits, its channel gets coarser weights
         if bool((wider > scale).any()):
@@ -255,6 +255,11 @@ class _Graph:
         helper.set_model_props(made, {"classes": json.dumps(list(model.classes))})
         onnx.checker.check_model(made, full_check=True)
         return made
+
+
+def _alone(shift: Tensor, given: float) -> Tensor:
+    """Return steps for rows of zeros: no weight needs one, so it is made for the bias, which the norm's factor would coarsen."""
+    return torch.where(shift == 0, torch.ones_like(shift), (shift.abs() / (given * ALONE)).clamp(SMALLEST, LARGEST))
 
 
 def _settings(node: fx.Node, conv: Any) -> Mapping[str, Any]:

@@ -187,7 +187,10 @@ def _round(model: Classifier, quantisation: Quantisation) -> None:
 
 @torch.no_grad()
 def _round_biases(model: Classifier, quantisation: Quantisation) -> None:
-    """Move what is added behind each layer to the steps that a runtime adds it in; biases of 0 stay 0."""
+    """Move what is added behind each layer to the steps that a runtime adds it in; biases of 0 stay 0.
+
+    So does what is added behind a row of zeros: its step is free, and the export makes it as fine as the bias needs.
+    """
     flow, modules = flow_of(model), dict(model.net.named_modules())
     names = {node: site for site, node in flow.sites.items()}
     nodes = [node for node, _ in flow.steps if is_layer(node, modules)]
@@ -200,7 +203,8 @@ def _round_biases(model: Classifier, quantisation: Quantisation) -> None:
             continue
         factor, shift = affine(place if norm else None, layer)
         step = quantisation.activations[names[source]][0] * quantisation.weights[str(node.target)].double().cpu() * factor.abs()
-        usable = (step > 0) & (shift.abs() < BIAS * step)
+        alive = layer.weight.flatten(1).ne(0).any(dim=1).cpu()
+        usable = alive & (step > 0) & (shift.abs() < BIAS * step)
         change = torch.where(usable, (shift / step).round() * step - shift, torch.zeros_like(shift)).to(place.bias)
         place.bias.copy_(torch.where(place.bias == 0, place.bias, place.bias + change))
 

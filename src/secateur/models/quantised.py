@@ -117,7 +117,7 @@ def levels(bits: int) -> int:
 def steps(weight: Tensor, bits: int) -> Tensor:
     """Return the step of each output channel, float32 ``(channels,)``, with which its largest weight is the last level.
 
-    A channel of zeros gets 1.
+    A channel of zeros gets 1: nothing is multiplied by it, and its bias is not rounded to it.
     """
     largest = weight.detach().flatten(1).abs().amax(dim=1).float()
     return torch.where(largest > 0, (largest / levels(bits)).clamp(SMALLEST, LARGEST), torch.ones_like(largest))
