@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import secateur.train as train_module
 from secateur.adversarial_training import Adversary, Watch, divergence
 from secateur.attack import pgd
 from secateur.cli.train import _split
@@ -354,6 +355,21 @@ def test_training_ends_before_the_fall_and_says_so(tiny, images, monkeypatch, tm
     again = train(tiny(), images, recipe, **{**given, "generator": generator(0)})
     assert same(again, ended)
     assert len(notes) == 2, "the record of a resumed run says it too"
+
+
+def test_what_is_watched_was_moved_to_the_device(tiny, images, monkeypatch):
+    """On a GPU the images of the caller stay on the CPU, where the network cannot answer them."""
+    moved, watched = [], []
+
+    def move(*fields):
+        moved.append(ImageSet(*fields))
+        return moved[-1]
+
+    monkeypatch.setattr(train_module, "ImageSet", move)
+    monkeypatch.setattr(train_module, "Watch", lambda data, recipe: watched.append(data) or Watch(data, recipe))
+    train(tiny(), images, sgd("fast", epochs=1), generator=generator(0))
+    assert len(moved) == len(watched) == 1
+    assert watched[0] is moved[0]
 
 
 def test_only_fast_is_watched(tiny, images, monkeypatch):

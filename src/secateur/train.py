@@ -121,8 +121,10 @@ def train(
         raise DataError("training needs at least one image, got 0")
     student = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     student.requires_grad_(True)
+    device = next(student.parameters()).device
+    images = ImageSet(data.x.to(device), data.y.to(device), data.classes, data.name)
     adversary = Adversary(recipe, data.shape)
-    watch = Watch(data, recipe) if adversary.kind == "fast" else None
+    watch = Watch(images, recipe) if adversary.kind == "fast" else None
     hook = batch_hook if hasattr(batch_hook, "state_dict") else None
     run = _Run(student, _optimizer(student, recipe), generator, "", adversary, watch, hook)
     held = _held(student, hold)
@@ -131,8 +133,6 @@ def train(
         if checkpoint.exists():
             run.resume(checkpoint)
     _release(run, held)
-    device = next(student.parameters()).device
-    images = ImageSet(data.x.to(device), data.y.to(device), data.classes, data.name)
     while run.epoch < recipe.epochs and not run.note:
         before = deepcopy(student.state_dict()) if watch else {}
         with seeded(generator):
