@@ -196,6 +196,11 @@ def test_weights_that_left_the_grid_are_refused(twin, tmp_path):
         (lambda q: q["activations"].update({"a\nb": q["activations"]["input"]}), "printable"),
         (lambda q: q["activations"]["input"].update(scale=0), "scale of 'input' must be a number in"),
         (lambda q: q["activations"]["input"].update(scale=1e31), "scale of 'input' must be a number in"),
+        (
+            lambda q: q["activations"]["input"].update(scale=10**400),
+            "scale of 'input' must be a number in .*, got 1000.*[.][.][.]$",
+        ),
+        (lambda q: q["activations"]["input"].update(scale=-(10**400)), "scale of 'input' must be a number in"),
         (lambda q: q["activations"]["input"].update(scale="1"), "scale of 'input' must be a number in"),
         (lambda q: q["activations"]["input"].update(zero_point=256), "zero_point of 'input'"),
         (lambda q: q["activations"]["input"].update(zero_point=0.5), "zero_point of 'input'"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +50,7 @@ def _grid(site: str, grid: Any, top: int) -> dict[str, Any]:
     if not isinstance(grid, Mapping) or set(grid) != {"scale", "zero_point"}:
         raise ModelError(f"quant: site {_short(site)} must have scale and zero_point and nothing else")
     scale, zero = grid["scale"], grid["zero_point"]
-    if type(scale) not in (int, float) or not math.isfinite(scale) or not SMALLEST <= scale <= LARGEST:
+    if type(scale) not in (int, float) or not SMALLEST <= scale <= LARGEST:
         rule = f"must be a number in [{SMALLEST:g}, {LARGEST:g}]"
         raise ModelError(f"quant: the scale of {_short(site)} {rule}, got {_short(scale)}")
     if type(zero) is not int or not 0 <= zero <= top:
