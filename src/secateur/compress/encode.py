@@ -2,7 +2,8 @@
 
 Each tensor is kept in the smaller of two forms: all its values, or a bitmap (one bit a value, 1 where it is not 0) and the
 values that are not 0. Values are float32, or, of a quantised layer, int8 with the steps beside them. The whole, a safetensors
-file, is then compressed by zlib (RFC 1950, level 9). Nothing is lost: `decode` gives the same tensors back, bit by bit.
+file, is then compressed by zlib (RFC 1950, level 9). Nothing is lost: `decode` gives the same tensors back, bit by bit. Zeros
+of quantised layers are +0, as `quantise` leaves them; a minus sign that somebody else gave them is not kept.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def _packed(key: str, value: Tensor) -> dict[str, Tensor]:
 def _unpacked(key: str, parts: Mapping[str, Tensor]) -> Tensor:
     values = parts[f"values/{key}"]
     if f"bitmap/{key}" in parts:
+        if parts[f"bitmap/{key}"].dtype != torch.uint8 or parts[f"shape/{key}"].dtype != torch.int64:
+            raise ModelError(f"the bitmap of {key[:60]!a} must be uint8, and its shape int64")
         shape = parts[f"shape/{key}"].tolist()
         count = int(np.prod(shape, dtype=np.int64))
         if count > 8 * parts[f"bitmap/{key}"].numel():
@@ -86,4 +89,6 @@ def _unpacked(key: str, parts: Mapping[str, Tensor]) -> Tensor:
         full[kept] = values
         values = full.reshape(shape)
     steps = parts.get(f"steps/{key}")
+    if steps is not None and (values.ndim < 2 or steps.shape != values.shape[:1]):
+        raise ModelError(f"{key[:60]!a} of shape {tuple(values.shape)} must have a step for each row, got {tuple(steps.shape)}")
     return values if steps is None else values.float() * steps.reshape(-1, *[1] * (values.ndim - 1))

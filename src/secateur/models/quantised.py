@@ -126,7 +126,7 @@ def steps(weight: Tensor, bits: int) -> Tensor:
 def whole(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Return the whole numbers, as floats of the weight's shape, that stand for weights nearest to these."""
     grid = scale.to(weight).reshape(-1, *[1] * (weight.ndim - 1))
-    return (weight.detach() / grid).round().clamp(-levels(bits), levels(bits))
+    return (weight.detach() / grid).round().clamp(-levels(bits), levels(bits)) + 0.0  # -0.3 rounds to -0.0; no file keeps it
 
 
 def on_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
