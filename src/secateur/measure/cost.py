@@ -20,7 +20,8 @@ class Cost:
     Attributes:
         parameters: Number of parameters.
         nonzero: How many of them are not 0.
-        size_bytes: Bytes of all tensors in the state dict, as a dense file stores them.
+        size_bytes: Bytes of all tensors in the state dict, as a dense file stores them. A bundle keeps quantised weights as
+            float32, so that this is the size before quantisation, too; `secateur.compress.encode` tells the smaller one.
         macs: Multiply-accumulates of the convolutions and linear layers for one image.
         latency_ms: Median time of a batch of one, in milliseconds; None when it was not measured.
     """

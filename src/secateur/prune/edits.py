@@ -59,7 +59,10 @@ class Edited:
 
 
 def adaptive(model: nn.Module) -> Forward | None:
-    """Return the setting ``forward`` with which attacks on an edited network are adaptive (the table above)."""
+    """Return the setting ``forward`` with which attacks on an edited network are adaptive (the table above).
+
+    Of a quantised network it is the first of the three that `adaptives` returns; attack it with each.
+    """
     return next(iter(adaptives(model).values()))
 
 
