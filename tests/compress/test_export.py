@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from secateur.attack import bpda, pgd, square
@@ -158,7 +159,7 @@ def test_a_norm_that_flips_or_silences_channels_and_biases_beyond_32_bits(traine
 
 
 def dead_rows(trained):
-    """A filter of zeros under a norm whose variance has gone, as fine-tuning a pruned network leaves it; a norm's weight of 0."""
+    """A filter of zeros under a norm whose variance has gone, as fine-tuning after pruning leaves it; a norm's weight of 0."""
     model = copy.deepcopy(trained)
     with torch.no_grad():
         model.net.conv2.weight[3] = 0
@@ -186,6 +187,70 @@ def test_filters_of_zeros_keep_their_biases(trained, images, tmp_path):
     values = {t.name: torch.tensor(onnx.numpy_helper.to_array(t)) for t in graph.initializer}
     kept = values[names[0]].double() * values[names[1]].double()
     assert torch.allclose(kept[[3, 5]].float(), bias[[3, 5]], rtol=2e-6)
+
+
+class Ending(nn.Module):
+    """A linear layer, and what a test does to its logits."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.linear, self.end = nn.Linear(4, 2), end
+
+    def forward(self, x):
+        return self.end(self.linear(x.flatten(1)))
+
+
+def ending(end):
+    with seeded(generator(0)):
+        return Classifier(Ending(end), classes="ab", input_shape=(1, 2, 2)).eval()
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (
+            lambda y: torch.add(y, y * y, alpha=3.0),
+            r"'add' \(add\) must have two arguments, .*got 2 by place and alpha by name",
+        ),
+        (lambda y: torch.sub(y, y * y, alpha=2), r"\(sub\) must have two arguments, .*alpha by name"),
+        (lambda y: torch.div(y, 0.01, rounding_mode="floor"), r"\(div\) must have two arguments, .*rounding_mode by name"),
+        (lambda y: torch.mul(y, other=2.0), r"\(mul\) must have two arguments, .*got 1 by place and other by name"),
+        (lambda y: torch.add(input=y, other=y), r"'add' \(add\) must be given its input by place"),
+        (lambda y: torch.relu(input=y), r"'relu' \(relu\) must be given its input by place"),
+    ],
+)
+def test_arguments_that_would_be_lost_are_refused(end, message, tmp_path):
+    with pytest.raises(ModelError, match=message):
+        export_onnx(ending(end), tmp_path / "a.onnx")
+    assert not (tmp_path / "a.onnx").exists()
+
+
+def test_operations_of_two(tmp_path):
+    def end(y):
+        return F.pad(torch.cat(tensors=[torch.add(y, 3.0) / 2 - y, 1.5 * y], dim=1), pad=(1, 0))
+
+    model, x = ending(end), torch.rand(3, 1, 2, 2, generator=generator(0))
+    export_onnx(model, tmp_path / "a.onnx")
+    assert torch.allclose(Runtime(tmp_path / "a.onnx")(x), model(x).detach(), atol=1e-6)
+
+
+def test_a_layer_that_reads_no_feature_map_is_not_exported_in_whole_numbers(tmp_path):
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.first, self.last = nn.Parameter(torch.ones(1, 4)), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(x.flatten(1)) + self.first(self.rows)
+
+    with seeded(generator(0)):
+        model = Classifier(Constant(), classes="ab", input_shape=(1, 2, 2)).eval()
+    x = torch.rand(3, 1, 2, 2, generator=generator(0))
+    quantised = quantise(model, ImageSet((255 * x).to(torch.uint8), torch.zeros(3, dtype=torch.int64), model.classes))
+    assert torch.equal(quantised.net.first.bias, model.net.first.bias)
+    assert not torch.equal(quantised.net.last.bias, model.net.last.bias)
+    with pytest.raises(ModelError, match="'first' reads what is not rounded"):
+        export_onnx(quantised, tmp_path / "a.onnx")
 
 
 def test_what_cannot_be_exported(trained, twin, images, tmp_path, monkeypatch):

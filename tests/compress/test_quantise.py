@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from secateur import runs
 from secateur.attack import eot, pgd, through_quantisation
@@ -15,11 +16,11 @@ from secateur.compress import encode, qat, quantise
 from secateur.compress.quantise import grid
 from secateur.errors import InconclusiveError, MethodError, ModelError
 from secateur.measure import evaluate
-from secateur.models import dequantised, load_bundle, load_masks, quantisation_of, save
+from secateur.models import Classifier, dequantised, load_bundle, load_masks, quantisation_of, save
 from secateur.models.quantised import backward_of
 from secateur.prune import Fraction, adaptive, adaptives, apply_mask, magnitude, noise, select
 from secateur.recipe import Recipe
-from secateur.state import generator
+from secateur.state import generator, seeded
 from secateur.train import train
 from secateur.types import to_float
 from test_contracts import mixed, same, snapshot
@@ -81,6 +82,28 @@ def test_biases_lie_on_the_steps_of_the_runtime_and_those_of_0_stay_0(trained, i
     assert float(near[1].detach()) > 0.02
     assert float(net.bn2.bias[1].detach()) == 0
     assert float((net.bn2.bias - model.net.bn2.bias).detach().abs().amax()) <= 0.51 * float(steps.detach().amax())
+
+
+def test_a_norm_of_two_convolutions_keeps_its_bias(images):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(1, 3, 3, bias=False), nn.Conv2d(1, 3, 5, padding=1, bias=False)
+            self.norm, self.last, self.linear = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.norm(self.one(x)) + self.norm(self.two(x)) + self.last(self.one(x)))
+            return self.linear(x.mean((2, 3)))
+
+    with seeded(generator(0)):
+        model = Classifier(Shared(), classes=images.classes, input_shape=images.shape).eval()
+    with torch.no_grad():
+        for norm in (model.net.norm, model.net.last):
+            norm.bias.copy_(torch.tensor([0.123, 0.456, 0.789]))
+    found = quantise(model, images).net
+    assert torch.equal(found.norm.bias, model.net.norm.bias)
+    assert not torch.equal(found.last.bias, model.net.last.bias)
+    assert torch.allclose(found.last.bias, model.net.last.bias, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["ptq", "qat"])

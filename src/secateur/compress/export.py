@@ -207,7 +207,10 @@ class _Graph:
             return self.constant(array(weight), f"{layer}.weight"), self.constant(array(shift), f"{layer}.bias")
         bits, steps = self.quantisation.weight_bits, self.quantisation.weights[layer].double().cpu()
         numbers = whole(weight, steps, bits) * factor.sign().reshape(-1, *[1] * (weight.ndim - 1))
-        given, _ = self.quantisation.activations[self.sites[origin(source, self.modules)]]
+        site = self.sites.get(origin(source, self.modules))
+        if site is None:
+            raise ModelError(f"'{layer}' reads what is not rounded, and is not exported in whole numbers; export it in float")
+        given, _ = self.quantisation.activations[site]
         dead = numbers.flatten(1).abs().amax(dim=1) == 0  # a filter of zeros, or a norm's weight of 0
         scale = torch.where(dead, _alone(shift, given), steps * factor.abs())
         floor = shift.abs() / (given * BIAS)
@@ -258,7 +261,7 @@ class _Graph:
 
 
 def _alone(shift: Tensor, given: float) -> Tensor:
-    """Return steps for rows of zeros: no weight needs one, so it is made for the bias, which the norm's factor would coarsen."""
+    """Return steps for rows of zeros: no weight needs one, so it is made for the bias, which a norm could coarsen."""
     return torch.where(shift == 0, torch.ones_like(shift), (shift.abs() / (given * ALONE)).clamp(SMALLEST, LARGEST))
 
 

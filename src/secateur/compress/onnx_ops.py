@@ -43,8 +43,10 @@ def write(writer: Writer, node: fx.Node) -> str:
     """Write a step that is no convolution or linear layer; return the name of its value.
 
     Raises:
-        ModelError: There is no such operation here.
+        ModelError: There is no such operation here, or it has arguments that are not translated.
     """
+    if not node.args and node.target not in CONCATENATIONS:
+        raise ModelError(f"'{node.name}' ({_word(node)}) must be given its input by place to be exported, not by name")
     if node.op == "call_module":
         module = writer.modules[str(node.target)]
         kind = next((kind for kind in MODULES if type(module) is kind), None)
@@ -52,9 +54,12 @@ def write(writer: Writer, node: fx.Node) -> str:
             raise ModelError(f"'{node.target}' ({type(module).__name__}) has no translation to ONNX here")
         return MODULES[kind](writer, node, module)
     if node.target not in FUNCTIONS:
-        word = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        raise ModelError(f"'{node.name}' ({word}) has no translation to ONNX here")
+        raise ModelError(f"'{node.name}' ({_word(node)}) has no translation to ONNX here")
     return FUNCTIONS[node.target](writer, node)
+
+
+def _word(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _one(kind: str, **attributes: Any) -> Callable[..., str]:
@@ -62,7 +67,13 @@ def _one(kind: str, **attributes: Any) -> Callable[..., str]:
 
 
 def _two(kind: str) -> Callable[[Writer, fx.Node], str]:
-    return lambda writer, node: writer.node(kind, [writer.name(node.args[0]), writer.name(node.args[1])])
+    def operation(writer: Writer, node: fx.Node) -> str:
+        if len(node.args) != 2 or node.kwargs:  # alpha= of an addition, rounding_mode= of a division
+            given = f"{len(node.args)} by place and {', '.join(node.kwargs) or 'none'} by name"
+            raise ModelError(f"'{node.name}' ({_word(node)}) must have two arguments, both by place, got {given}")
+        return writer.node(kind, [writer.name(value) for value in node.args])
+
+    return operation
 
 
 def _same(writer: Writer, node: fx.Node, *_: Any) -> str:
@@ -170,7 +181,7 @@ def _plain(part: slice) -> bool:
 
 
 def _pad(writer: Writer, node: fx.Node) -> str:
-    widths: Any = node.args[1]
+    widths: Any = argument(node, 1, "pad")
     if argument(node, 2, "mode", "constant") != "constant":
         raise ModelError(f"'{node.name}' pads by other than a constant, which has no translation to ONNX here")
     dims = len(writer.seen[node].shape)

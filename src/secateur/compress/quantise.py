@@ -13,6 +13,7 @@ the input times those of the weights), in the norm where one is folded.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, Literal, get_args
@@ -189,17 +190,19 @@ def _round(model: Classifier, quantisation: Quantisation) -> None:
 def _round_biases(model: Classifier, quantisation: Quantisation) -> None:
     """Move what is added behind each layer to the steps that a runtime adds it in; biases of 0 stay 0.
 
-    So does what is added behind a row of zeros: its step is free, and the export makes it as fine as the bias needs.
+    So does what is added behind a row of zeros: its step is free, and the export makes it as fine as the bias needs. A bias
+    that several steps read has no step of its own and is left, as is that of a layer that reads no site.
     """
     flow, modules = flow_of(model), dict(model.net.named_modules())
     names = {node: site for site, node in flow.sites.items()}
-    nodes = [node for node, _ in flow.steps if is_layer(node, modules)]
-    for node in nodes:
+    called = [modules[str(node.target)] for node, _ in flow.steps if node.op == "call_module"]
+    readers = Counter(id(getattr(module, "bias", None)) for module in called)
+    for node in (node for node, _ in flow.steps if is_layer(node, modules)):
         layer: Any = modules[str(node.target)]
         source = origin(node.all_input_nodes[0], modules)
         norm = folded(node, modules, names)
         place: Any = modules[str(norm.target)] if norm else layer
-        if place.bias is None or [n.target for n in nodes].count(node.target) > 1:
+        if place.bias is None or readers[id(place.bias)] > 1 or source not in names:
             continue
         factor, shift = affine(place if norm else None, layer)
         step = quantisation.activations[names[source]][0] * quantisation.weights[str(node.target)].double().cpu() * factor.abs()
