@@ -85,7 +85,6 @@ def test_a_method_that_cuts_a_share_gets_the_share_of_a_target():
         (["--int8", "--bits", "4"], "--int8 is --bits 8, got --bits 4 besides"),
         (["--method", "harp", "--int8"], "'harp' does not round"),
         (["--method", "gab"], "did you mean 'gap'"),
-        (["--eps", "0"], "--eps must be a number above 0"),
         (["--target", "1000x"], "compression must lie in"),
     ],
 )
@@ -98,5 +97,5 @@ def test_mistakes_are_one_line(files, capsys, more, said):
 
 
 def test_a_gate_that_fails(files, capsys):
-    assert run([*COMPRESS, "--target", "40x", "--set", "epochs=0", "--max-acc-drop", "0.01", "-o", "out"]) == 1
+    assert run([*COMPRESS, "--target", "25x", "--set", "epochs=0", "--max-acc-drop", "0.01", "-o", "out"]) == 1
     assert "gate failed: accuracy fell by" in capsys.readouterr().err
