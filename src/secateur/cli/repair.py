@@ -102,7 +102,9 @@ def repair(
     return gates(run.result, max_asr=max_asr, max_acc_drop=max_acc_drop)
 
 
-def write(run: RepairRun | CompressRun, home: Path, bundle: Path, *, ancestor: str | None, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+def write(
+    run: RepairRun | CompressRun, home: Path, bundle: Path, *, ancestor: str | None, earlier: Sequence[Mapping[str, Any]] = ()
+) -> None:
     """Write bundle, record and report; ``ancestor`` is the digest of what came in, ``earlier`` its steps."""
     from ..models import save
 
