@@ -42,8 +42,8 @@ def test_the_record_says_what_the_networks_do(done, trained, bars):
     assert record.after["accuracy"]["value"] == float(correct(done.model, bars(60, 2)).double().mean())
     found = record.details["compression"]
     assert found["times"] == pytest.approx(2, rel=0.02)
-    assert found["bytes"]["encoded"] == [len(encode(trained)), len(encode(done.model))]
-    assert found["bytes"]["encoded"][1] < found["bytes"]["encoded"][0]
+    assert found["encoded_bytes"] == [len(encode(trained)), len(encode(done.model))]
+    assert found["encoded_bytes"][1] < found["encoded_bytes"][0]
     cells = {(cell["source"], cell["target"]): cell for cell in found["transfer"]}
     assert len(cells) == 4
     assert cells["before", "before"]["left"]["n"] == 30

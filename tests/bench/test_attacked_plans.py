@@ -98,6 +98,13 @@ def test_what_each_network_is_attacked_by(plan):
     assert set(graph.nodes[before.keys[-1]].parents) == {"model", "data", "white_box", "transfer_another_one"}
 
 
+def test_a_surrogate_is_attacked_once_for_all_victim_seeds(home):
+    graph = expand(_written(home, PLAN.replace("format = 1", "format = 1\nvictim_seeds = [0, 1]")), digest_of)
+    attacked = {graph.nodes[cell.keys[-1]].parents["transfer_another_one"] for cell in graph.cells}
+    assert len(graph.cells) == 4
+    assert len(attacked) == 1
+
+
 def test_rates_under_attack_are_those_of_the_images_kept(plan, tmp_path):
     store = Store(tmp_path / "store")
     graph = expand(plan, digest_of)

@@ -162,15 +162,15 @@ class _Expansion:
         self.nodes: dict[str, Node] = {}
 
     def graph(self) -> Graph:
-        cells = tuple(cell for seed in self.plan.victim_seeds for cell in self._of_seed(seed))
+        surrogates = self._surrogates()
+        cells = tuple(cell for seed in self.plan.victim_seeds for cell in self._of_seed(seed, surrogates))
         return Graph(self.nodes, cells)
 
-    def _of_seed(self, seed: int) -> Iterator[Cell]:
+    def _of_seed(self, seed: int, surrogates: Mapping[str, str]) -> Iterator[Cell]:
         data = self._add("data", args={"source": self.source, **_limits(self.plan.data)}, seed=seed)
         for model in self.plan.models:
             victims = {choice.label: (choice, self._victim(model, choice, data, seed)) for choice in self.plan.backdoors}
             triggers = {label: victim for label, (choice, victim) in victims.items() if choice.name != NONE}
-            surrogates = self._surrogates()
             for label, (choice, victim) in victims.items():
                 shown = {label: victim} if choice.name != NONE else (triggers or {NONE: None})
                 for clean, repair, compress, repair_seed, keys, twin in self._defences(victim, data):
@@ -236,26 +236,28 @@ class _Expansion:
         return end, self._defend(stage, choice, twin or model, data, share, other)
 
     def _surrogates(self) -> dict[str, str]:
-        """Return metric -> images made on each surrogate of the plan."""
+        """Return metric -> images made on each surrogate of the plan; the test images are those of every seed."""
         made = {}
         for each in self.plan.evasion.surrogates if self.plan.evasion else ():
             data = self._add("data", args={"source": self.source, **_limits(self.plan.data)}, seed=each.seed)
-            made[each.metric] = self._victim(each.model, Choice(NONE, NONE, {}), data, each.seed)
+            made[each.metric] = self._evade(self._victim(each.model, Choice(NONE, NONE, {}), data, each.seed), data)
         return made
+
+    def _evade(self, source: str, data: str) -> str:
+        assert self.plan.evasion is not None
+        attack = self.plan.evasion.attack
+        args = {"images": self.plan.evasion.images, "settings": attack.settings}
+        return self._add("evade", attack, args, parents={"model": source, "data": data})
 
     def _attacked(self, keys: Sequence[str], twin: str | None, data: str, surrogates: Mapping[str, str]) -> dict[str, str]:
         """Return metric -> the node of the images that it is measured on, and the network that bore this one."""
         if self.plan.evasion is None:
             return {}
-        sources = {"white_box": keys[-1], **surrogates}
+        sources = {"white_box": keys[-1]}
         if len(keys) > 1:
             sources |= {"transfer_parent": keys[0], **({"transfer_twin": twin} if twin else {})}
-        attack, args = self.plan.evasion.attack, {"images": self.plan.evasion.images}
-        made = {
-            metric: self._add("evade", attack, {**args, "settings": attack.settings}, parents={"model": source, "data": data})
-            for metric, source in sources.items()
-        }
-        return {**made, **({"parent": keys[0]} if len(keys) > 1 else {})}
+        made = {metric: self._evade(source, data) for metric, source in sources.items()}
+        return {**made, **surrogates, **({"parent": keys[0]} if len(keys) > 1 else {})}
 
     def _measure(self, model: str, data: str, trigger: str | None, attacked: Mapping[str, str]) -> str:
         parents = {"model": model, "data": data, **({"trigger": trigger} if trigger else {}), **attacked}

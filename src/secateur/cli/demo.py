@@ -16,7 +16,7 @@ from .repair import show
 
 if TYPE_CHECKING:
     from ..models import Classifier
-    from ..runs import RepairRun
+    from ..runs import NetworkRun
     from ..types import Result, Task
 
 NO_RUN_FLAGS = RunFlags()
@@ -84,7 +84,7 @@ def _victim(flags: RunFlags, device: str) -> tuple[Task, Classifier, float]:
     return task, victim, time.perf_counter() - start  # type: ignore[return-value]
 
 
-def _repair(name: str, method: str, settings: Mapping[str, Any], victim: Classifier, task: Task, flags: RunFlags) -> RepairRun:
+def _repair(name: str, method: str, settings: Mapping[str, Any], victim: Classifier, task: Task, flags: RunFlags) -> NetworkRun:
     from .. import runs
 
     with progress(name, show=flags.progress) as on_step:
@@ -101,7 +101,7 @@ def _repair(name: str, method: str, settings: Mapping[str, Any], victim: Classif
         )
 
 
-def _record(result: Result, runs: Mapping[str, RepairRun], task: Task, trained: float) -> Result:
+def _record(result: Result, runs: Mapping[str, NetworkRun], task: Task, trained: float) -> Result:
     from ..runs import picture
 
     compared = [
@@ -117,7 +117,7 @@ def _record(result: Result, runs: Mapping[str, RepairRun], task: Task, trained: 
     return replace(result, kind="demo", checks=checks, details=details, limitations=limitations, cost=cost)
 
 
-def _write(home: Any, result: Result, chosen: RepairRun, victim: Classifier, task: Task) -> None:
+def _write(home: Any, result: Result, chosen: NetworkRun, victim: Classifier, task: Task) -> None:
     from ..data import save_npz, save_trigger
     from ..intake import read
     from ..models import save

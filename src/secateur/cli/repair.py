@@ -15,7 +15,7 @@ from .files import run_folder, write_result
 from .options import Flag, ModelFlags, Output, RunFlags, Settings, assignments, fresh
 
 if TYPE_CHECKING:
-    from ..runs import CompressRun, RepairRun
+    from ..runs import NetworkRun
     from ..types import Result
 
 NO_MODEL_FLAGS = ModelFlags()
@@ -103,7 +103,7 @@ def repair(
 
 
 def write(
-    run: RepairRun | CompressRun, home: Path, bundle: Path, *, ancestor: str | None, earlier: Sequence[Mapping[str, Any]] = ()
+    run: NetworkRun, home: Path, bundle: Path, *, ancestor: str | None, earlier: Sequence[Mapping[str, Any]] = ()
 ) -> None:
     """Write bundle, record and report; ``ancestor`` is the digest of what came in, ``earlier`` its steps."""
     from ..models import save

@@ -5,15 +5,13 @@ from __future__ import annotations
 from .parts import Cell, Record, Section, Table, rate_cell, text_cell
 from .wording import human, percent, plain, rate
 
-SIZES = {"dense": "Every value as float32", "encoded": "Zeros as a bitmap, whole numbers as bytes, compressed"}
-
 
 def headline(result: Record) -> str:
     """Return what was gained and what it cost."""
     before, after = result["before"], result["after"]
     found = result["details"]["compression"]
     times = f"{found['times']:.3g} times fewer parameters" if "times" in found else "The same parameters"
-    small = [human(value, "B") for value in found["bytes"]["encoded"]]
+    small = [human(value, "B") for value in found["encoded_bytes"]]
     return (
         f"{times}, {small[0]} to {small[1]} encoded; accuracy {percent(before['accuracy']['value'])} to "
         f"{percent(after['accuracy']['value'])}, under attack at most {percent(before['adversarial_accuracy']['value'])} to "
@@ -25,10 +23,8 @@ def sections(found: Record | None) -> tuple[Section, ...]:
     """Return sizes, and accuracy under the images made on each of the two networks."""
     if found is None:
         return ()
-    rows = [
-        (text_cell(SIZES[name]), *(Cell(human(value, "B"), f"{value:,} bytes", value) for value in pair))
-        for name, pair in found["bytes"].items()
-    ]
+    sizes = [Cell(human(value, "B"), f"{value:,} bytes", value) for value in found["encoded_bytes"]]
+    rows = [(text_cell("Zeros as a bitmap, whole numbers as bytes, compressed"), *sizes)]
     lines, runtime = [], found.get("runtime")
     if runtime is not None and "why" in runtime:
         lines = [f"No integer file: {plain(runtime['why'])}."]
@@ -38,8 +34,8 @@ def sections(found: Record | None) -> tuple[Section, ...]:
             f"ONNX Runtime gives the answer of the network here on {rate(runtime['agreement'])} of the images; "
             f"accuracy there {rate(runtime['accuracy'])}."
         ]
-    sizes = Section("sizes", "How small", tuple(lines), (Table(("Kept as", "Before", "After"), tuple(rows)),))
-    return sizes, _transfer(found)
+    small = Section("sizes", "How small", tuple(lines), (Table(("Kept as", "Before", "After"), tuple(rows)),))
+    return small, _transfer(found)
 
 
 def _transfer(found: Record) -> Section:

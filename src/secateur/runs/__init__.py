@@ -4,15 +4,14 @@ The command line is a thin face over these functions; each returns a typed recor
 """
 
 from .attacking import AttackRun, attack
-from .compressing import CompressRun, asked, compress
-from .records import check_fit, environment, how_visible, picture, software, tool
-from .repairing import RepairRun, repair
+from .compressing import asked, compress
+from .records import NetworkRun, check_fit, environment, how_visible, picture, software, tool
+from .repairing import repair
 from .training import TrainRun, new_network, train
 
 __all__ = [
     "AttackRun",
-    "CompressRun",
-    "RepairRun",
+    "NetworkRun",
     "TrainRun",
     "asked",
     "attack",

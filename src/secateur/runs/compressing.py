@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,28 @@ from typing import Any
 from ..compress import Runtime, agreement, encode, export_onnx
 from ..data.splits import stratified
 from ..errors import MethodError, ModelError, check_range
-from ..measure import TransferMatrix, cost, transfer_matrix, wilson
+from ..measure import TransferMatrix, transfer_matrix, wilson
 from ..measure.adversarial import ThreatModel
 from ..methods import Method, get, parameters, settings
 from ..models import Classifier, quantisation_of
 from ..prune.mask import hard
 from ..state import generator
 from ..train import OnNote, OnStep
-from ..types import HardMask, ImageSet, Result
+from ..types import ImageSet, Result
 from .evading import adaptive_attack
-from .records import check_better_than_chance, check_fit, describe, environment, inputs, measure, now, rate_of, share_out, tool
+from .records import (
+    NetworkRun,
+    check_better_than_chance,
+    check_fit,
+    describe,
+    environment,
+    inputs,
+    measure,
+    now,
+    rate_of,
+    share_out,
+    tool,
+)
 from .repairing import layers_cut
 
 ATTACKED = 500  # images under attack
@@ -30,23 +42,6 @@ STEPS = 10
 BEFORE, AFTER = "before", "after"
 ONE_SEED = "One compression with one seed: another seed gives other numbers."
 TWIN = "Attacks follow the twin in floating point; of an integer file only the share of equal answers is known."
-
-
-@dataclass(frozen=True, eq=False)
-class CompressRun:
-    """A finished compression.
-
-    Attributes:
-        model: The compressed network.
-        mask: What was cut.
-        result: The record.
-        step: The entry for the bundle's list of steps.
-    """
-
-    model: Classifier
-    mask: HardMask | None
-    result: Result
-    step: Mapping[str, Any]
 
 
 def compress(
@@ -64,7 +59,7 @@ def compress(
     command: Sequence[str] = (),
     on_step: OnStep | None = None,
     on_note: OnNote | None = None,
-) -> CompressRun:
+) -> NetworkRun:
     """Compress a network; measure accuracy, size and robustness before and after, and how images made on one fool the other.
 
     Without ``test`` a fifth of ``clean`` is held out from the method for measuring.
@@ -135,7 +130,7 @@ def compress(
             "notes": list(done.notes),
         },
     )
-    return CompressRun(final, hard(done.mask), result, step)
+    return NetworkRun(final, hard(done.mask), result, step)
 
 
 def asked(row: Method, target: float | None, bits: int | None) -> dict[str, Any]:
@@ -178,11 +173,8 @@ def _compression(
         }
         for (source, target), rate in matrix.success.items()
     ]
-    sizes = {
-        "dense": [cost(model, data.shape, repeats=1).size_bytes for model in (before, after)],
-        "encoded": [len(encode(model)) for model in (before, after)],
-    }
-    found = {"threat": str(matrix.threat), "budget": matrix.budget, "transfer": cells, "bytes": sizes}
+    encoded = [len(encode(model)) for model in (before, after)]
+    found = {"threat": str(matrix.threat), "budget": matrix.budget, "transfer": cells, "encoded_bytes": encoded}
     if "compression" in log:
         found["times"] = log["compression"]
     quantisation = quantisation_of(after)

@@ -6,7 +6,7 @@ import base64
 import io
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,10 +19,27 @@ from ..data import count_shared, holdout
 from ..errors import DataError, InconclusiveError, ModelError
 from ..measure import Evaluation, Visibility, cost, evaluate, visibility
 from ..models import Classifier
-from ..types import ImageSet, Rate, Trigger, to_float
+from ..types import HardMask, ImageSet, Rate, Result, Trigger, to_float
 
 HOLDOUT = 0.2
 SEEN = 1000  # images on which a trigger's visibility is measured
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkRun:
+    """A finished run that made a network of another.
+
+    Attributes:
+        model: The repaired or compressed network, without the channels that could be removed.
+        mask: What stays masked in it.
+        result: The record.
+        step: The entry for the bundle's list of steps.
+    """
+
+    model: Classifier
+    mask: HardMask | None
+    result: Result
+    step: Mapping[str, Any]
 
 
 def measure(model: Classifier, data: ImageSet, trigger: Trigger | None) -> dict[str, Any]:

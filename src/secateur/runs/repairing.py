@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -19,8 +18,20 @@ from ..prune.layers import prunable_layers
 from ..prune.mask import hard
 from ..state import generator
 from ..train import OnNote, OnStep
-from ..types import ChannelMask, HardMask, ImageSet, NeuronGraph, Repaired, Result, Trigger
-from .records import check_better_than_chance, check_fit, describe, environment, inputs, measure, now, rate_of, share_out, tool
+from ..types import ChannelMask, ImageSet, NeuronGraph, Repaired, Result, Trigger
+from .records import (
+    NetworkRun,
+    check_better_than_chance,
+    check_fit,
+    describe,
+    environment,
+    inputs,
+    measure,
+    now,
+    rate_of,
+    share_out,
+    tool,
+)
 
 ENTRIES, LARGEST = 300, 1e100  # of a history that a record keeps: how many, and the largest number
 EDGES = 10_000  # of all graphs together that a record keeps
@@ -28,23 +39,6 @@ NO_TRIGGER = (
     "No trigger was given, so attack success was not measured: this run does not show whether a backdoor was there, or is gone."
 )
 ONE_SEED = "One repair with one seed: another seed gives other numbers."
-
-
-@dataclass(frozen=True, eq=False)
-class RepairRun:
-    """A finished repair.
-
-    Attributes:
-        model: The repaired network, without the channels that could be removed.
-        mask: What stays masked in it.
-        result: The record.
-        step: The entry for the bundle's list of steps.
-    """
-
-    model: Classifier
-    mask: HardMask | None
-    result: Result
-    step: Mapping[str, Any]
 
 
 def repair(
@@ -60,7 +54,7 @@ def repair(
     command: Sequence[str] = (),
     on_step: OnStep | None = None,
     on_note: OnNote | None = None,
-) -> RepairRun:
+) -> NetworkRun:
     """Repair a network and measure it before and after.
 
     The method sees the model and clean images, nothing else. Without ``test`` a fifth of ``clean`` is held out from it for
@@ -123,7 +117,7 @@ def repair(
         limitations=_limitations(test, trigger, measured, shared),
         details=_details(model, repaired, removal),
     )
-    return RepairRun(final, mask, result, step)
+    return NetworkRun(final, mask, result, step)
 
 
 def _limitations(test: ImageSet | None, trigger: Trigger | None, measured: ImageSet, shared: int) -> list[str]:
