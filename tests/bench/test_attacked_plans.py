@@ -18,7 +18,7 @@ from secateur.bench.tables import rows
 from secateur.data import load_data
 from secateur.errors import DataError, SecateurError
 from secateur.measure import correct
-from secateur.models import load_bundle, save
+from secateur.models import core, load_bundle, quantisation_of, save
 from secateur.prune.edits import adaptives
 from secateur.runs import evading, new_network
 from secateur.state import generator
@@ -172,6 +172,64 @@ def test_a_quantised_network_is_attacked_with_every_gradient_known(home, tmp_pat
     left = float(correct(model, images).double().mean())
     assert row.rates["white_box"]["value"] == pytest.approx(left)
     assert left < row.rates["accuracy"]["value"]
+
+
+CHAINED = """[[compress]]
+name = "pruning"
+label = "small"
+target = [2.0, 4.0]
+epochs = 1
+[[compress]]
+name = "quantisation"
+label = "8 bit"
+after = ["small"]
+"""
+
+
+def test_compressors_one_after_the_other(home, tmp_path):
+    plan = _written(home, PLAN.replace('[[repair]]\nname = "fine-tuning"\nepochs = 1\n', CHAINED))
+    graph, store = expand(plan, digest_of), Store(tmp_path / "store")
+    cells = {cell.compress: cell for cell in graph.cells}
+    assert list(cells) == ["small (target=2)", "small (target=4)", "small (target=2), 8 bit", "small (target=4), 8 bit"]
+    float_keys, keys = (cells[name].keys for name in ("small (target=4)", "small (target=4), 8 bit"))
+    assert keys[:2] == float_keys[:2]
+    assert [graph.nodes[key].method for key in keys] == ["none", "pruning", "quantisation", ""]
+    measured = graph.nodes[keys[-1]].parents
+    assert measured["parent"] == keys[0]
+    twin = graph.nodes[graph.nodes[measured["transfer_twin"]].parents["model"]]
+    assert (twin.method, twin.seed) == ("quantisation", 1)
+    assert (graph.nodes[twin.parents["model"]].method, graph.nodes[twin.parents["model"]].seed) == ("pruning", 1)
+    assert not run(graph, store, make("inline"), plan).failed
+    before, after = (load_bundle(store.folder(each[-2]) / "model") for each in (float_keys, keys))
+    assert quantisation_of(before) is None
+    assert quantisation_of(after).weight_bits == 8
+    zeros = {name: weight == 0 for name, weight in core(before).named_parameters()}
+    assert sum(int(zero.sum()) for zero in zeros.values()) > 0
+    for name, weight in core(after).named_parameters():
+        assert not weight[zeros[name]].any(), name
+
+
+def test_rows_that_come_after_leave_the_others_alone(home):
+    def keys(text):
+        return set(
+            expand(_written(home, PLAN.replace('[[repair]]\nname = "fine-tuning"\nepochs = 1\n', text)), digest_of).nodes
+        )
+
+    assert keys(CHAINED[: CHAINED.rindex("[[compress]]")]) < keys(CHAINED)
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ('["big"]', r"unknown label in after of \[\[compress\]\] 'big'"),
+        ("[]", r"after of \[\[compress\]\] needs a method, and at least one label of a table above it"),
+        ("[1]", r"after must be text, got 1"),
+    ],
+)
+def test_what_comes_after_must_be_there(home, after, said):
+    text = CHAINED.replace('["small"]', after)
+    with pytest.raises(SecateurError, match=said):
+        _written(home, PLAN.replace('[[repair]]\nname = "fine-tuning"\nepochs = 1\n', text))
 
 
 def test_a_checkpoint_with_its_digest_is_pinned_and_may_be_missing(home, tmp_path):

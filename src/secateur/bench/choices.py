@@ -6,8 +6,8 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..methods import table as table_of
 
 NONE = "none"
 ORACLE = "oracle"
+AFTER = "after"
 CHECKPOINT = "checkpoint"
 AXES_KINDS: Mapping[str, Kind] = {"backdoor": "backdoor", "repair": "repair", "compress": "compressor", "evasion": "evasion"}
 NOT_TRAINED = ("classes", "in_channels")  # what the data decide about a network
@@ -36,6 +37,7 @@ class Choice:
         files: Of files that the settings name, sha256 -> where each lies; the settings have the sha256 in its place. For a
             network of the user's own that is ``file.py:make``.
         oracle: For a repair, the accuracy that may be lost where a cut is *also* chosen with test images and trigger.
+        first: For a compressor, another one that works on the network before it.
     """
 
     name: str
@@ -45,6 +47,12 @@ class Choice:
     uses: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     oracle: float | None = None
+    first: Choice | None = None
+
+    @property
+    def steps(self) -> tuple[Choice, ...]:
+        """What is done, one after the other."""
+        return (*(self.first.steps if self.first else ()), self)
 
 
 def read_models(table: Mapping[str, Any], home: Path) -> Iterable[Choice]:
@@ -124,7 +132,31 @@ def read_choices(raw: Mapping[str, Any], axis: str, home: Path, *, optional: boo
     """Return all choices of an axis."""
     if optional and raw.get(axis, []) == []:
         return (Choice(NONE, NONE, {}),) if axis == "compress" else ()
-    return unique(axis, itertools.chain.from_iterable(_methods(axis, table, home) for table in tables_at(raw, axis)))
+    found: list[Choice] = []
+    named: dict[str, list[Choice]] = {}  # by the label of their table
+    for table in tables_at(raw, axis):
+        firsts = _firsts(axis, table, named)
+        own = {key: value for key, value in table.items() if key != AFTER or axis != "compress"}
+        made = [_second(first, choice) for first in firsts for choice in _methods(axis, own, home)]
+        named.setdefault(str(table.get("label", table["name"])), []).extend(made)
+        found += made
+    return unique(axis, found)
+
+
+def _firsts(axis: str, table: Mapping[str, Any], named: Mapping[str, Sequence[Choice]]) -> Sequence[Choice | None]:
+    """Return the compressors that a table's own come after: those of the tables above it that it names."""
+    if axis != "compress" or AFTER not in table:
+        return [None]
+    labels = table[AFTER] if isinstance(table[AFTER], list) else [table[AFTER]]
+    possible = [label for label in named if label != NONE]
+    check_known(f"label in {AFTER} of [[compress]]", (typed(AFTER, label, str) for label in labels), possible)
+    if not labels or table.get("name") == NONE:
+        raise MethodError(f"{AFTER} of [[compress]] needs a method, and at least one label of a table above it")
+    return [first for label in labels for first in named[label]]
+
+
+def _second(first: Choice | None, choice: Choice) -> Choice:
+    return choice if first is None else replace(choice, label=f"{first.label}, {choice.label}", first=first)
 
 
 def _methods(axis: str, table: Mapping[str, Any], home: Path) -> Iterable[Choice]:

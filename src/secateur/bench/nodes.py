@@ -191,8 +191,11 @@ class _Expansion:
                 shares = (done.clean,) if done.clean is not None else self.plan.data.clean
                 seeds = (done.seed,) if done.seed is not None else self.plan.repair_seeds
                 for share, seed in itertools.product(shares, seeds):
-                    end, twin = self._twins("compress", compressor, (done.keys[-1], done.twin), data, share, seed)
-                    yield _Defended(share, done.repair, compressor.label, seed, (*done.keys, end), twin)
+                    keys, twin = done.keys, done.twin
+                    for step in compressor.steps:
+                        end, twin = self._twins("compress", step, (keys[-1], twin), data, share, seed)
+                        keys = (*keys, end)
+                    yield _Defended(share, done.repair, compressor.label, seed, keys, twin)
 
     def _repairs(self, victim: str, data: str) -> Iterator[_Defended]:
         yield _Defended(None, NONE, NONE, None, (victim,), None)
