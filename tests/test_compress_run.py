@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -14,6 +15,7 @@ from secateur.errors import MethodError
 from secateur.measure import correct
 from secateur.methods import get
 from secateur.models import core, load_bundle, quantisation_of, save
+from secateur.report import to_html
 
 EPS = 0.3
 
@@ -53,14 +55,44 @@ def test_the_record_says_what_the_networks_do(done, trained, bars):
     assert any("twin" in said for said in record.limitations)
 
 
+def test_other_targets_are_measured_alike(trained, bars, done):
+    given = {"arguments": {"epochs": 1}, "test": bars(60, 2), "eps": EPS, "images": 30}
+    wide = runs.compress(trained, bars(90, 1), target=2.0, also=(4.0,), **given)
+    alone = runs.compress(trained, bars(90, 1), target=4.0, **given)
+    before, made, other = wide.result.details["compression"]["choices"]
+    assert [before["name"], made["name"], other["name"]] == ["before", "2x", "4x"]
+    assert made["accuracy"] == wide.result.after["accuracy"]
+    assert other["accuracy"] == alone.result.after["accuracy"]
+    assert other["white_box"] == alone.result.after["adversarial_accuracy"]
+    assert other["encoded_bytes"] == alone.result.details["compression"]["encoded_bytes"][1] < made["encoded_bytes"]
+    cells = {(c["source"], c["target"]): c for c in alone.result.details["compression"]["transfer"]}
+    assert other["transfer"] == cells["before", "after"]["left"]
+    assert "choices" not in done.result.details["compression"]
+    assert len(wide.result.details["compression"]["transfer"]) == 4
+    page = to_html(asdict(wide.result))
+    assert 'aria-label="Accuracy under attack against clean accuracy' in page
+    assert page.count('class="chosen ') == 2
+    with pytest.raises(MethodError, match=r"further targets must be different, and other than the target"):
+        runs.compress(trained, bars(90, 1), target=2.0, also=(2.0,))
+
+
+def test_an_integer_file_is_timed_and_its_twin_is_not(done):
+    runtime = done.result.details["compression"]["runtime"]
+    assert runtime["latency_ms"] > 0
+    assert runtime["latency_ms_before"] > 0
+    assert done.result.after["latency_ms"] is None
+    assert done.result.before["latency_ms"] > 0
+
+
 def test_the_verb_writes_a_bundle_that_keeps_its_zeros(files, capsys, schema):
-    assert run([*COMPRESS, "--target", "2x", "--int8", "--set", "epochs=1", "-o", "out"]) == 0
+    assert run([*COMPRESS, "--target", "2x", "--also", "4x", "--int8", "--set", "epochs=1", "-o", "out"]) == 0
     record = json.loads((files / "out" / "result.json").read_text())
     schema.validate(record)
     assert record["kind"] == "compress"
     out = " ".join(capsys.readouterr().out.split())
     assert "2 times fewer parameters" in out
     assert "HOW SMALL" in out
+    assert "WHAT OTHER TARGETS WOULD LEAVE" in out
     assert "UNDER ATTACK, BEFORE AND AFTER" in out
     model = load_bundle(files / "out")
     assert quantisation_of(model).weight_bits == 8
@@ -84,6 +116,9 @@ def test_a_method_that_cuts_a_share_gets_the_share_of_a_target():
         (["--target", "0.5x"], "--target must be a number from 1 on"),
         (["--int8", "--bits", "4"], "--int8 is --bits 8, got --bits 4 besides"),
         (["--method", "harp", "--int8"], "'harp' does not round"),
+        (["--also", "0x"], "--also must be a number from 1 on, like 4x, got '0x'"),
+        (["--method", "quantisation", "--also", "4x"], "'quantisation' has no target"),
+        (["--target", "2x", "--also", "2x"], "further targets must be different, and other than the target"),
         (["--method", "gab"], "did you mean 'gap'"),
         (["--target", "1000x"], "compression must lie in"),
     ],

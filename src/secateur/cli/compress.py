@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import MethodError
 from .console import progress, say
 from .files import run_folder
-from .options import Flag, ModelFlags, Output, RunFlags, Settings, assignments, budget, fresh
+from .options import Flag, ModelFlags, Output, RunFlags, Settings, Targets, assignments, budget, fresh
 from .repair import check_gates, gates, show, write
 
 NO_MODEL_FLAGS = ModelFlags()
@@ -26,6 +26,7 @@ def compress(
     target: str | None = None,
     int8: Flag = False,
     bits: int | None = None,
+    also: Targets = None,
     set: Settings = None,
     test: str | None = None,
     eps: str = "8/255",
@@ -49,6 +50,7 @@ def compress(
         target: How many times fewer parameters: 4x, or 4.
         int8: Round weights and feature maps to 8 bit (--bits 8).
         bits: Round to so many, from 2 to 8.
+        also: A further target, to be measured alike and drawn beside it, not kept; may be repeated: --also 2x --also 8x.
         set: A setting of the method, name=value; may be repeated.
         test: Labelled images to measure on; without them a fifth of the clean images is held out.
         eps: Budget of the attacks, in units of pixels that go from 0 to 1.
@@ -59,7 +61,8 @@ def compress(
     """
     folder = fresh(output, overwrite=run_flags.overwrite) if output else None
     check_gates(None, max_acc_drop, None)
-    times, amount = _times(target), budget("--eps", eps)
+    times, further = _times("--target", target) if target else None, [_times("--also", each) for each in also or ()]
+    amount = budget("--eps", eps)
     if int8 and bits not in (None, 8):
         raise MethodError(f"--int8 is --bits 8, got --bits {bits} besides; give one of them")
     reading = model_flags.look(model)
@@ -70,6 +73,8 @@ def compress(
     arguments = assignments(set)
     row = get("compressor", method)
     settings(row, {**arguments, **runs.asked(row, times, 8 if int8 else bits)})
+    for each in further:
+        runs.asked(row, each, None)
     device = run_flags.set_up()
     network = model_flags.load(reading).to(device)
     size = network.input_shape[1:] if resize else None
@@ -81,6 +86,7 @@ def compress(
             arguments=arguments,
             target=times,
             bits=8 if int8 else bits,
+            also=further,
             test=load_data(test, size=size, classes=network.classes) if test else None,
             eps=amount,
             images=images,
@@ -98,14 +104,12 @@ def compress(
     return gates(run.result, max_asr=None, max_acc_drop=max_acc_drop)
 
 
-def _times(text: str | None) -> float | None:
+def _times(option: str, text: str) -> float:
     """Read ``4x`` or ``4``."""
-    if text is None:
-        return None
     try:
         value = float(text.removesuffix("x"))
     except ValueError:
         value = math.nan
     if not 1 <= value < math.inf:
-        raise MethodError(f"--target must be a number from 1 on, like 4x, got '{text}'")
+        raise MethodError(f"{option} must be a number from 1 on, like 4x, got '{text}'")
     return value

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Output = Annotated[Path | None, Parameter(name=("--output", "-o"))]
 Settings = Annotated[list[str] | None, Parameter(name="--set", negative=())]
+Targets = Annotated[list[str] | None, Parameter(negative=())]
 Flag = Annotated[bool, Parameter(negative=())]
 
 

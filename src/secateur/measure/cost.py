@@ -48,7 +48,7 @@ def cost(model: nn.Module, input_shape: tuple[int, int, int], *, repeats: int = 
         nonzero=sum(int(p.count_nonzero()) for p in parameters),
         size_bytes=sum(t.numel() * t.element_size() for t in net.state_dict().values()),
         macs=_macs(model, input_shape),
-        latency_ms=_latency_ms(model, input_shape, repeats) if repeats else None,
+        latency_ms=latency_ms(model, input_shape, repeats=repeats) if repeats else None,
     )
 
 
@@ -78,7 +78,14 @@ def _macs(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
     return total
 
 
-def _latency_ms(model: nn.Module, input_shape: tuple[int, int, int], repeats: int) -> float:
+def latency_ms(model: nn.Module, input_shape: tuple[int, int, int], *, repeats: int = 10) -> float:
+    """Return the median time of a batch of one, in milliseconds, after two that are not counted.
+
+    Args:
+        model: A network, or a `secateur.compress.Runtime`; left as it was.
+        input_shape: Shape of one image, ``(c, h, w)``.
+        repeats: How often to time it, >= 1.
+    """
     image = _image(model, input_shape)
     times = []
     with evaluating(model), torch.inference_mode():

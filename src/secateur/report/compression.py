@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from .parts import Cell, Record, Section, Table, rate_cell, text_cell
 from .wording import human, percent, plain, rate
 
@@ -32,10 +34,36 @@ def sections(found: Record | None) -> tuple[Section, ...]:
         rows.append((text_cell("8-bit ONNX file"), Cell(""), Cell(human(runtime["bytes"], "B"), "", runtime["bytes"])))
         lines = [
             f"ONNX Runtime gives the answer of the network here on {rate(runtime['agreement'])} of the images; "
-            f"accuracy there {rate(runtime['accuracy'])}."
+            f"accuracy there {rate(runtime['accuracy'])}.",
+            *_times(runtime),
         ]
     small = Section("sizes", "How small", tuple(lines), (Table(("Kept as", "Before", "After"), tuple(rows)),))
-    return small, _transfer(found)
+    return small, _transfer(found), _choices(found.get("choices", ()))
+
+
+def _times(runtime: Record) -> Iterator[str]:
+    if "latency_ms" in runtime:
+        before = runtime.get("latency_ms_before")
+        beside = "" if before is None else f"; the network before, in floating point there, {before:.3g} ms"
+        yield f"One image takes {runtime['latency_ms']:.3g} ms there, on one thread of this machine{beside}."
+
+
+def _choices(choices: Sequence[Record]) -> Section:
+    """Return what each target would leave; the drawing is made of the same."""
+    rows = tuple(
+        (
+            text_cell(each["name"]),
+            Cell(human(each["encoded_bytes"], "B"), f"{each['encoded_bytes']:,} bytes", each["encoded_bytes"]),
+            *(rate_cell(each[name]) for name in ("accuracy", "transfer", "white_box")),
+        )
+        for each in choices
+    )
+    lines = (
+        "The same method with other targets; one seed each, so that neighbours may change places.",
+        "A choice that another beats in accuracy and under attack need not be made.",
+    )
+    head = ("Target", "Encoded", "Accuracy", "Under images made on the network before", "Under its own")
+    return Section("choices", "What other targets would leave", lines if rows else (), (Table(head, rows),))
 
 
 def _transfer(found: Record) -> Section:

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import multiples, svg, sweep
+from . import multiples, pareto, svg, sweep
 from .neurons import views
 from .parts import Bar, Span
 from .sections import COUNTS, headline, learned_label, learned_names, method_line, sections, shorten
@@ -96,7 +96,12 @@ def _typeset(text: str) -> str:
 def _drawn(details: Mapping[str, Any]) -> tuple[tuple[str, Markup | None], ...]:
     """Return the drawings that stand for a section's table."""
     stages = details.get("study", {}).get("stages", ())
-    return ("path", _curve(details)), ("sweep", _sweep(details.get("robustness", {}))), ("study", multiples.shifts(stages))
+    return (
+        ("path", _curve(details)),
+        ("sweep", _sweep(details.get("robustness", {}))),
+        ("study", multiples.shifts(stages)),
+        ("choices", _choices(details.get("compression", {}).get("choices", ()))),
+    )
 
 
 def _curve(details: Mapping[str, Any]) -> Markup | None:
@@ -108,6 +113,10 @@ def _curve(details: Mapping[str, Any]) -> Markup | None:
 def _sweep(measured: Mapping[str, Any]) -> Markup | None:
     points = measured.get("curve", {}).get("points", ())
     return sweep.sweep(points, measured["threat"]) if len(points) > 1 and "error" not in measured["curve"] else None
+
+
+def _choices(choices: Sequence[Mapping[str, Any]]) -> Markup | None:
+    return pareto.pareto(choices[:MAX_POINTS]) if len(choices) > 1 else None
 
 
 def _multiples(details: Mapping[str, Any]) -> dict[str, list[multiples.Multiple]]:

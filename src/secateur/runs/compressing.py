@@ -10,17 +10,20 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ..compress import Runtime, agreement, encode, export_onnx
 from ..data.splits import stratified
 from ..errors import MethodError, ModelError, check_range
-from ..measure import TransferMatrix, transfer_matrix, wilson
+from ..measure import TransferMatrix, correct, latency_ms, transfer_matrix, wilson
 from ..measure.adversarial import ThreatModel
 from ..methods import Method, get, parameters, settings
 from ..models import Classifier, quantisation_of
 from ..prune.mask import hard
 from ..state import generator
 from ..train import OnNote, OnStep
-from ..types import ImageSet, Result
+from ..types import ImageSet, Repaired, Result
 from .evading import adaptive_attack
 from .records import (
     NetworkRun,
@@ -39,6 +42,7 @@ from .repairing import layers_cut
 
 ATTACKED = 500  # images under attack
 STEPS = 10
+LATENCY = 50  # images, one by one
 BEFORE, AFTER = "before", "after"
 ONE_SEED = "One compression with one seed: another seed gives other numbers."
 TWIN = "Attacks follow the twin in floating point; of an integer file only the share of equal answers is known."
@@ -52,6 +56,7 @@ def compress(
     arguments: Mapping[str, Any] | None = None,
     target: float | None = None,
     bits: int | None = None,
+    also: Sequence[float] = (),
     test: ImageSet | None = None,
     eps: float = 0.03137254901960784,
     images: int = ATTACKED,
@@ -71,6 +76,7 @@ def compress(
         arguments: Its settings; the rest are defaults.
         target: All parameters over those left, >= 1; for a method that cuts a ``fraction``, that of what it can cut.
         bits: Of weights and feature maps, for methods that round.
+        also: Further targets to compress the network to, measured alike: how the choice trades accuracy for robustness.
         test: Images to measure on.
         eps: Budget of the attacks (PGD, Linf) in units of pixels that go from 0 to 1, > 0.
         images: How many images are attacked, >= 1.
@@ -87,6 +93,9 @@ def compress(
     """
     row = get("compressor", method)
     chosen = settings(row, {**(arguments or {}), **asked(row, target, bits)})
+    others = {f"{times:g}x": settings(row, {**(arguments or {}), **asked(row, times, bits)}) for times in also}
+    if len(others) < len(also) or chosen in others.values():
+        raise MethodError("further targets must be different, and other than the target")
     check_range("eps", eps, 1e-12, 1)
     check_range("images", images, 1, 2**31)
     random, tell = generator(seed), on_note or (lambda _: None)
@@ -95,19 +104,28 @@ def compress(
     check_fit(model, measured)
     before = measure(model, measured, None)
     check_better_than_chance(before, measured)
-    tell(f"compressing with {row.name}")
-    start, function = time.perf_counter(), row.load()
+    function, state = row.load(), random.get_state()
     watchers = {"on_step": on_step, "on_note": on_note}
     watched = {name: watch for name, watch in watchers.items() if name in signature(function).parameters}
-    done = function(model, seen, **chosen, **watched, generator=random)
+
+    def compressed(given: Mapping[str, Any], told: str) -> Repaired:
+        tell(f"compressing with {row.name}{told}")
+        return function(model, seen, **given, **watched, generator=random)
+
+    start = time.perf_counter()
+    done = compressed(chosen, "")
     seconds = time.perf_counter() - start
+    networks = {BEFORE: model, AFTER: done.model}
+    for name, given in others.items():
+        random.set_state(state)
+        networks[name] = compressed(given, f", {name}").model
     final = done.model
     assert isinstance(final, Classifier)
     attacked = measured
     if images < len(measured):
         attacked = measured.subset(stratified(measured.y, [images], generator=generator(seed))[0])
-    tell(f"attacking {len(attacked):,} images before and after")
-    matrix = _transfer(model, final, attacked, eps, seed)
+    tell(f"attacking {len(attacked):,} images with {len(networks)} networks")
+    matrix = _transfer(networks, attacked, eps, seed)
     step = {"method": row.name, "version": row.version, "args": chosen}
     result = Result(
         kind="compress",
@@ -119,18 +137,26 @@ def compress(
         data={"clean": describe(seen), "test": describe(measured)},
         method={"name": row.name, "version": row.version, "args": chosen, "seed": seed},
         before=before | {"adversarial_accuracy": _left(matrix, BEFORE)},
-        after=measure(final, measured, None) | {"adversarial_accuracy": _left(matrix, AFTER)},
+        after=measure(final, measured, None) | {"adversarial_accuracy": _left(matrix, AFTER)} | _not_timed(final),
         cost={"seconds": seconds},
         findings=list((model.origin or {}).get("findings", ())),
         limitations=_limitations(final, test, measured, shared),
         details={
-            "compression": _compression(model, final, measured, matrix, done.log),
+            "compression": {
+                **_compression(model, final, measured, matrix, done.log),
+                **({"choices": _choices(networks, measured, matrix, done.log)} if others else {}),
+            },
             "layers": layers_cut(model, done) if hard(done.mask) else [],
             "log": dict(done.log),
             "notes": list(done.notes),
         },
     )
     return NetworkRun(final, hard(done.mask), result, step)
+
+
+def _not_timed(model: Classifier) -> dict[str, Any]:
+    """Return that a quantised network has no time: it computes in floating point what an integer file would."""
+    return {"latency_ms": None} if quantisation_of(model) is not None else {}
 
 
 def asked(row: Method, target: float | None, bits: int | None) -> dict[str, Any]:
@@ -149,16 +175,35 @@ def asked(row: Method, target: float | None, bits: int | None) -> dict[str, Any]
     return found
 
 
-def _transfer(before: Classifier, after: Classifier, data: ImageSet, eps: float, seed: int) -> TransferMatrix:
-    networks = {BEFORE: before, AFTER: after}
+def _transfer(networks: Mapping[str, nn.Module], data: ImageSet, eps: float, seed: int) -> TransferMatrix:
     attack = adaptive_attack(get("evasion", "pgd"), {"eps": eps, "steps": STEPS})
     return transfer_matrix(networks, networks, data, attack, ThreatModel(eps), generator=generator(seed))
 
 
 def _left(matrix: TransferMatrix, name: str) -> dict[str, Any]:
     """Return the accuracy that a network keeps under its own images."""
-    right = matrix.right[name] & ~matrix.wrong[name, name]
+    return _share(matrix.right[name] & ~matrix.wrong[name, name])
+
+
+def _share(right: torch.Tensor) -> dict[str, Any]:
     return asdict(wilson(int(right.sum()), len(right)))
+
+
+def _choices(
+    networks: Mapping[str, nn.Module], data: ImageSet, matrix: TransferMatrix, log: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Return what each choice of a target would leave, the network before first, the one asked for second."""
+    made = f"{log['compression']:.3g}x" if "compression" in log else "asked for"
+    return [
+        {
+            "name": made if name == AFTER else name,
+            "encoded_bytes": len(encode(network)),
+            "accuracy": _share(correct(network, data)),
+            "white_box": _left(matrix, name),
+            "transfer": _share(~matrix.wrong[BEFORE, name]),
+        }
+        for name, network in networks.items()
+    ]
 
 
 def _compression(
@@ -169,34 +214,42 @@ def _compression(
             "source": source,
             "target": target,
             "success": rate_of(rate),
-            "left": asdict(wilson(int((~matrix.wrong[source, target]).sum()), len(matrix.wrong[source, target]))),
+            "left": _share(~matrix.wrong[source, target]),
         }
         for (source, target), rate in matrix.success.items()
+        if {source, target} <= {BEFORE, AFTER}
     ]
     encoded = [len(encode(model)) for model in (before, after)]
-    found = {"threat": str(matrix.threat), "budget": matrix.budget, "transfer": cells, "encoded_bytes": encoded}
+    threat = str(matrix.threat).rpartition(", ")[0]  # what the attacker knows differs from cell to cell
+    found = {"threat": threat, "budget": matrix.budget, "transfer": cells, "encoded_bytes": encoded}
     if "compression" in log:
         found["times"] = log["compression"]
     quantisation = quantisation_of(after)
     if quantisation is not None and quantisation.activation_bits == 8:
-        found["runtime"] = _runtime(after, data)
+        found["runtime"] = _runtime(before, after, data)
     return found
 
 
-def _runtime(model: Classifier, data: ImageSet) -> dict[str, Any]:
-    """Return what the integer file is and answers, or why that is not known."""
+def _runtime(before: Classifier, after: Classifier, data: ImageSet) -> dict[str, Any]:
+    """Return what the integer file is and answers, and its time beside that of the network before, or why that is not known."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            file = Path(folder) / "int8.onnx"
-            export_onnx(model, file)
-            found = agreement(model, Runtime(file), data)
+            file = export_onnx(after, Path(folder) / "after.onnx")
+            runtime = Runtime(file.path)
+            found = agreement(after, runtime, data)
         except ModelError as error:
             return {"why": str(error)}
-        return {
-            "bytes": file.stat().st_size,
+        told = {
+            "bytes": file.size_bytes,
             "agreement": asdict(found.same),
             "accuracy": asdict(found.runtime),
+            "latency_ms": latency_ms(runtime, data.shape, repeats=LATENCY),
         }
+        try:
+            whole = Runtime(export_onnx(before, Path(folder) / "before.onnx").path)
+        except ModelError:
+            return told
+        return {**told, "latency_ms_before": latency_ms(whole, data.shape, repeats=LATENCY)}
 
 
 def _limitations(model: Classifier, test: ImageSet | None, measured: ImageSet, shared: int) -> list[str]:
