@@ -256,6 +256,10 @@ TABLE: tuple[Method, ...] = (
         "compressor", "quantisation", "secateur.compress.pruning:quantisation", 1, "CVPR 2018, arXiv:1712.05877",
         {"epochs": 1, "lr": 0.0001},
     ),
+    Method(
+        "compressor", "redraw", "secateur.compress.redraw:redraw", 1, "ours; after arXiv:2007.14249",
+        {"target": 4.0, "epochs": 1, "bits": 8},
+    ),
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from ..train import OnStep
 from ..types import Granularity, ImageSet, Repaired, Scores
 from .quantise import Observer, qat, quantise
 
+Precision = Literal["float32", "bfloat16"]
 SCORES: Mapping[str, Score] = {
     "activation": activity.activation,
     "gradient": gradients.gradient,
@@ -57,7 +58,7 @@ def pruning(
     images: int = 1024,
     epochs: int = 10,
     lr: float = 0.01,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Precision = "float32",
     bits: int = 32,
     on_step: OnStep | None = None,
     generator: torch.Generator,
@@ -92,8 +93,8 @@ def pruning(
     if not body:
         raise MethodError("the network has no layer before the classifier to prune")
     sentence = Sentence(SCORES[score], Compression(target, total), layers=body, scope=scope, order=order)
-    heal = replace(recovery(epochs, lr), precision=precision)
-    return _compressed(
+    heal = recovery(epochs, lr, precision)
+    return compressed(
         model, clean, sentence, heal, rounds=rounds, pace=pace, images=images, bits=bits, on_step=on_step, generator=generator
     )
 
@@ -113,7 +114,7 @@ def gap(
     images: int = 1024,
     epochs: int = 40,
     lr: float = 0.001,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Precision = "float32",
     bits: int = 32,
     on_step: OnStep | None = None,
     generator: torch.Generator,
@@ -150,8 +151,8 @@ def gap(
     score = partial(gaps.gap, variant=variant, protocol=protocol, eps=eps, steps=steps, step_size=step_size)
     scope: Scope = "layer" if variant == "absolute" else "global"
     sentence = Sentence(score, Compression(target, total), layers=prunable_layers(model), scope=scope, order="largest")
-    heal = replace(recovery(epochs, lr), precision=precision)
-    return _compressed(
+    heal = recovery(epochs, lr, precision)
+    return compressed(
         model, clean, sentence, heal, rounds=rounds, pace=pace, images=images, bits=bits, on_step=on_step, generator=generator
     )
 
@@ -201,24 +202,42 @@ def quantisation(
     return Repaired(done, None)
 
 
-def recovery(epochs: int, lr: float) -> Recipe:
+def recovery(epochs: int, lr: float, precision: Precision = "float32") -> Recipe:
     """Return the recipe of the fine-tuning: GAP's, SGD at a constant rate."""
-    return Recipe(epochs=epochs, lr=lr, schedule="constant", weight_decay=1e-4, augment=("crop", "flip"))
+    return Recipe(epochs=epochs, lr=lr, schedule="constant", weight_decay=1e-4, augment=("crop", "flip"), precision=precision)
 
 
-def _compressed(
+def compressed(
     model: nn.Module,
     clean: ImageSet,
     sentence: Sentence,
     heal: Recipe,
     *,
-    rounds: int,
-    pace: Pace,
+    rounds: int = 1,
+    pace: Pace = "geometric",
     images: int,
     bits: int,
     on_step: OnStep | None,
     generator: torch.Generator,
 ) -> Repaired:
+    """Cut what a sentence says in rounds, fine-tune after each, and round what is left if asked: what compressors share.
+
+    Args:
+        model: The network; not changed.
+        clean: The clean images.
+        sentence: What to cut.
+        heal: Of the fine-tuning; none where it has no epochs.
+        rounds: See `prune_in_rounds`.
+        pace: Likewise.
+        images: Clean images that the score sees in each round.
+        bits: See `pruning`.
+        on_step: Progress of the fine-tuning.
+        generator: Source of all randomness.
+
+    Raises:
+        MethodError: An argument is out of range, or so much cannot be cut.
+        ModelError: The network cannot be quantised.
+    """
     check_range("images", images, 1, 2**31)
     if bits != FLOAT:
         if not 2 <= bits <= 8:
