@@ -76,6 +76,14 @@ def test_other_targets_are_measured_alike(trained, bars, done):
         runs.compress(trained, bars(90, 1), target=2.0, also=(2.0,))
 
 
+def test_images_can_set_the_networks_apart(done, trained, bars):
+    found = done.result.details["compression"]["divergence"]
+    both = correct(trained, bars(60, 2)) & correct(done.model, bars(60, 2))
+    assert 0 < found["n"] <= min(30, int(both.sum()))
+    assert found["value"] > 0
+    assert "could be changed so that the network before stays right" in to_html(asdict(done.result))
+
+
 def test_an_integer_file_is_timed_and_its_twin_is_not(done):
     runtime = done.result.details["compression"]["runtime"]
     assert runtime["latency_ms"] > 0

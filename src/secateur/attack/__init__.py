@@ -4,6 +4,7 @@ Each takes a network, images in [0, 1] and labels, and returns images; none chan
 """
 
 from .adaptive import bpda, eot, through_quantisation, through_wrappers
+from .diva import diva
 from .ensemble import apgd, autoattack
 from .fgsm import fgsm
 from .noise import random_noise
@@ -16,6 +17,7 @@ __all__ = [
     "autoattack",
     "bpda",
     "di_fgsm",
+    "diva",
     "eot",
     "fgsm",
     "mi_fgsm",

@@ -48,6 +48,14 @@ def _times(runtime: Record) -> Iterator[str]:
         yield f"One image takes {runtime['latency_ms']:.3g} ms there, on one thread of this machine{beside}."
 
 
+def _apart(divergence: Record | None) -> Iterator[str]:
+    if divergence is not None:
+        yield (
+            f"Of the images that both answer rightly, {rate(divergence)} could be changed so that the network before stays "
+            "right and the one after is wrong (DIVA): a check of the network before does not see them."
+        )
+
+
 def _choices(choices: Sequence[Record]) -> Section:
     """Return what each target would leave; the drawing is made of the same."""
     rows = tuple(
@@ -79,6 +87,7 @@ def _transfer(found: Record) -> Section:
     lines = (
         f"{plain(found['budget'])}; {plain(found['threat'])}.",
         "A network shown its own images is the white box; few right answers to begin with leave few to lose.",
+        *_apart(found.get("divergence")),
     )
     head = ("Images", "", "Answered rightly", "Fooled, of those both answer rightly when clean")
     return Section("transfer", "Under attack, before and after", lines, (Table(head, rows),))

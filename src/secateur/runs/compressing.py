@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from ..compress import Runtime, agreement, encode, export_onnx
 from ..data.splits import stratified
 from ..errors import MethodError, ModelError, check_range
 from ..measure import TransferMatrix, correct, latency_ms, transfer_matrix, wilson
-from ..measure.adversarial import ThreatModel
+from ..measure.adversarial import ThreatModel, craft
 from ..methods import Method, get, parameters, settings
 from ..models import Classifier, quantisation_of
 from ..prune.mask import hard
 from ..state import generator
 from ..train import OnNote, OnStep
 from ..types import ImageSet, Repaired, Result
-from .evading import adaptive_attack
+from .evading import adaptive_attack, divergence_attack
 from .records import (
     NetworkRun,
     check_better_than_chance,
@@ -43,6 +43,7 @@ from .repairing import layers_cut
 ATTACKED = 500  # images under attack
 STEPS = 10
 LATENCY = 50  # images, one by one
+BATCH = 250  # images attacked at once
 BEFORE, AFTER = "before", "after"
 ONE_SEED = "One compression with one seed: another seed gives other numbers."
 TWIN = "Attacks follow the twin in floating point; of an integer file only the share of equal answers is known."
@@ -144,6 +145,7 @@ def compress(
         details={
             "compression": {
                 **_compression(model, final, measured, matrix, done.log),
+                "divergence": _divergence(model, final, attacked, eps, seed),
                 **({"choices": _choices(networks, measured, matrix, done.log)} if others else {}),
             },
             "layers": layers_cut(model, done) if hard(done.mask) else [],
@@ -178,6 +180,21 @@ def asked(row: Method, target: float | None, bits: int | None) -> dict[str, Any]
 def _transfer(networks: Mapping[str, nn.Module], data: ImageSet, eps: float, seed: int) -> TransferMatrix:
     attack = adaptive_attack(get("evasion", "pgd"), {"eps": eps, "steps": STEPS})
     return transfer_matrix(networks, networks, data, attack, ThreatModel(eps), generator=generator(seed))
+
+
+def _divergence(before: Classifier, after: Classifier, data: ImageSet, eps: float, seed: int) -> dict[str, Any] | None:
+    """Return how many images can be changed so that the network before is right and the one after wrong, of those both know."""
+    known = correct(before, data) & correct(after, data)
+    if not bool(known.any()):
+        return None
+    some = data.subset(known)
+    attack = divergence_attack(before, {"eps": eps})
+    made = [
+        craft(attack, after, x, y, ThreatModel(eps), generator(seed)).stored
+        for x, y in zip(some.x.split(BATCH), some.y.split(BATCH), strict=True)
+    ]
+    changed = replace(some, x=torch.cat(made))
+    return _share(correct(before, changed) & ~correct(after, changed))
 
 
 def _left(matrix: TransferMatrix, name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attack import mi_fgsm
+from ..attack import diva, mi_fgsm
 from ..attack.ball import Norm
 from ..attack.network import Forward
 from ..errors import MethodError, ModelError, unknown
 from ..measure.adversarial import Bound, bind, store
 from ..methods import Method, get, parameters, settings
 from ..prune.edits import adaptives
+from ..state import evaluating
 from ..types import to_float
 
 # Two losses, because large logits blind cross-entropy, and Square, which needs no gradient. None drops broken images: points
@@ -132,19 +133,55 @@ def adaptive_attack(row: Method, given: Mapping[str, Any]) -> Bound:
 
     @wraps(attack)
     def run(model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, **given: Any) -> Tensor:
-        found, wrong, original = x, torch.zeros(len(x), dtype=torch.bool, device=x.device), (x * 255).round().to(torch.uint8)
-        for forward in _needed(row, adaptives(model)).values():
+        def made(forward: Forward | None) -> Tensor:
             extra = {} if forward is None else {"forward": forward}
-            points = attack(model, x, y, **given, **extra, generator=generator)
-            found = torch.where(wrong[:, None, None, None], found, points)
-            with torch.no_grad():
-                wrong |= model(to_float(store(original, points))).argmax(dim=1) != y
-            if bool(wrong.all()):
-                break
-        return found
+            return attack(model, x, y, **given, **extra, generator=generator)
+
+        return _first(x, _needed(row, adaptives(model)).values(), made, lambda points: model(points).argmax(dim=1) != y)
 
     bound = bind(attack, **settings(row, given)).settings
     return Bound(run, {name: value for name, value in bound.items() if name != "forward"})
+
+
+def divergence_attack(original: nn.Module, given: Mapping[str, Any]) -> Bound:
+    """Return `attack.diva` against what was made of ``original``, with every gradient known for the network it is given.
+
+    Args:
+        original: The network that is to stay right.
+        given: Settings of `attack.diva`; the rest are defaults.
+    """
+
+    @wraps(diva)
+    def run(model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, **given: Any) -> Tensor:
+        def made(forward: Forward | None) -> Tensor:
+            return diva(model, x, y, original=original, **given, forward=forward, generator=generator)
+
+        def apart(points: Tensor) -> Tensor:
+            return (original(points).argmax(dim=1) == y) & (model(points).argmax(dim=1) != y)
+
+        with evaluating(original):
+            return _first(x, adaptives(model).values(), made, apart)
+
+    hidden = ("forward", "original")
+    return Bound(run, {name: value for name, value in bind(diva, **given).settings.items() if name not in hidden})
+
+
+def _first(
+    x: Tensor,
+    forwards: Iterable[Forward | None],
+    made: Callable[[Forward | None], Tensor],
+    reached: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return of each image the first points that reach an aim as 8-bit files keep them, else the last."""
+    found, done, original = x, torch.zeros(len(x), dtype=torch.bool, device=x.device), (x * 255).round().to(torch.uint8)
+    for forward in forwards:
+        points = made(forward)
+        found = torch.where(done[:, None, None, None], found, points)
+        with torch.no_grad():
+            done |= reached(to_float(store(original, points)))
+        if bool(done.all()):
+            break
+    return found
 
 
 def _spelt(name: str) -> str:
