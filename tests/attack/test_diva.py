@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from secateur.attack import diva, pgd
+from secateur.attack.diva import _Apart
 from secateur.compress import quantise
 from secateur.errors import DataError, MethodError
 from secateur.runs.evading import divergence_attack
@@ -53,6 +54,12 @@ def test_the_loss_is_that_of_the_paper(trained, rounded, known):
     loss = (trained(points).softmax(1) - 2 * rounded(points).softmax(1)).gather(1, y[:, None]).sum()
     [slope] = torch.autograd.grad(loss, [points])
     assert torch.allclose(made, (x + size * slope.sign()).clamp(0, 1), atol=1e-6)
+
+
+def test_apart_is_one_right_and_the_other_wrong():
+    right, wrong = [1.0, 0.0], [0.0, 1.0]
+    logits = torch.tensor([right + right, right + wrong, wrong + right, wrong + wrong])
+    assert _Apart("margin").reached(logits, torch.zeros(4, dtype=torch.int64)).tolist() == [False, True, False, False]
 
 
 def test_the_heavier_the_mistake_weighs_the_more_often_it_is_made(trained, rounded, known):
