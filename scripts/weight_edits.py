@@ -7,9 +7,10 @@ Writes ``cells.csv``, one line per edit and attack, and ``provenance.json``; lin
 With ``--stages`` writes ``stages.csv`` in place of it: how far the feature maps of the unedited network move at each stage.
 
 *published*: Linf PGD, eps 0.03, step 0.001, 10 steps, random start, rounded to 8 bits, on all images with their true labels,
-through the edited network itself. *strong*: PGD with restarts on cross-entropy and on DLR, through the edit's adaptive forward,
-then Square; an image counts as broken when any of them changes the clean answer, away from which they go: for an image that is
-answered rightly that is the true label. A network that draws is judged by the mean of the probabilities of ten draws.
+through the edited network itself; for ``int8``, as the author has it, made on the network in floating point. *strong*: PGD
+with restarts on cross-entropy and on DLR, through the edit's adaptive forwards, then Square; an image counts as broken when any
+of them changes the clean answer, away from which they go: for an image that is answered rightly that is the true label. A
+network that draws is judged by the mean of the probabilities of ten draws.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ from secateur.attack import pgd, square
 from secateur.attack.losses import DLR_CLASSES, Aim
 from secateur.attack.network import opened
 from secateur.cli.options import ModelFlags
+from secateur.compress import quantise
 from secateur.data import load_data
 from secateur.measure import layer_study
 from secateur.measure.robustness import rates
+from secateur.models import Classifier
 from secateur.prune import (
     Edited,
     Resampled,
     adaptive,
+    adaptives,
     clamp,
     clean_bounds,
     edit_activations,
@@ -51,6 +55,7 @@ from secateur.types import ImageSet, to_float
 EPS, STEP, STEPS = 0.03, 0.001, 10
 FEWER = 3  # of the published attack's steps
 STUDIED = 200  # images of which the stages are looked at
+INT8 = "int8"
 RATES = "clean_accuracy", "remnant_accuracy", "strict_attack_success", "prediction_change_rate"
 Make = Callable[[nn.Module, ImageSet], Edited]
 
@@ -85,6 +90,7 @@ def rows(seed: int) -> dict[str, Make]:
         made[f"clamp={deviations}std"] = partial(_clamped, deviations=deviations)
     for quantile in (1.0, 0.999, 0.99):
         made[f"clamp=q{quantile:g}"] = partial(_clamped, quantile=quantile)
+    made[INT8] = _rounded
     return made
 
 
@@ -94,6 +100,12 @@ def _noisy(model: nn.Module, _: ImageSet, *, radius: float, resampled: bool, see
 
 def _clamped(model: nn.Module, clean: ImageSet, **bounds: float) -> Edited:
     return edit_activations(model, clean_bounds(model, clean, **bounds))  # type: ignore[arg-type]
+
+
+def _rounded(model: nn.Module, clean: ImageSet) -> Edited:
+    assert isinstance(model, Classifier)
+    rounded = quantise(model, clean)
+    return Edited(rounded, 1.0, adaptive(rounded))
 
 
 def answers(edited: Edited, x: Tensor, size: int, seed: int = 1) -> Tensor:
@@ -132,7 +144,8 @@ def strong(edited: Edited, x: Tensor, clean: Tensor, given: Settings, *, classes
         both: Attack through the adaptive forward and through the network itself.
     """
     left, told = torch.ones(len(x), dtype=torch.bool), []
-    forwards = [("adaptive", edited.forward), ("plain", None)] if both else [("adaptive", edited.forward)]
+    forwards = [(name or "adaptive", forward) for name, forward in adaptives(edited.model).items()]
+    forwards += [("plain", None)] if both else []
     common = {"eps": EPS, "batch_size": given.batch_size}
     climbing = {"steps": given.steps, "restarts": given.restarts, "drop_broken": True}
     attacks = [
@@ -150,12 +163,12 @@ def strong(edited: Edited, x: Tensor, clean: Tensor, given: Settings, *, classes
     return ~left, "; ".join(told)
 
 
-def one(name: str, edited: Edited, images: ImageSet, kind: str, given: Settings) -> dict[str, object]:
-    """Return one line of the table."""
+def one(name: str, edited: Edited, source: Edited, images: ImageSet, kind: str, given: Settings) -> dict[str, object]:
+    """Return one line of the table; published attacks are made on ``source``."""
     start, x, y = time.perf_counter(), to_float(images.x), images.y
     clean, parts = answers(edited, x, given.batch_size), ""
     if kind == "published":
-        attacked = answers(edited, published(edited, x, y, given), given.batch_size)
+        attacked = answers(edited, published(source, x, y, given), given.batch_size)
     else:
         broken, parts = strong(edited, x, clean, given, classes=len(images.classes), both=name.startswith("clamp="))
         attacked = torch.where(broken, -1, clean)  # worst case: -1 is no class
@@ -268,7 +281,9 @@ def main() -> None:
     for kind in args.attack or ["published"]:
         for name in wanted:
             if (name, kind) not in done:
-                lines.append(one(name, known[name](model, calibration), images, kind, given))
+                edited = known[name](model, calibration)
+                source = known["none"](model, calibration) if name == INT8 else edited
+                lines.append(one(name, edited, source, images, kind, given))
                 write(table, lines)
                 shown = ("edit", "attack", *RATES[:2], "seconds")
                 print(" ".join(f"{key}={lines[-1][key]}" for key in shown), flush=True)

@@ -13,6 +13,7 @@ import torch
 from secateur.data import save_npz
 from secateur.models import save
 from secateur.prune import Resampled, adaptive
+from secateur.types import to_float
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,6 +36,16 @@ def test_every_row_makes_a_network(script, trained, images):
         assert torch.isfinite(edited.model(torch.rand(2, 1, 12, 12))).all()
         assert isinstance(edited.model, Resampled) == name.endswith("resampled")
         assert (edited.forward is None) == (adaptive(edited.model) is None)
+
+
+def test_int8_is_attacked_by_transfer_as_published(script, trained, images):
+    known, given = script.rows(0), script.Settings(20, 20, 0, 3, 1, 3, 20)
+    plain, rounded = (known[name](trained, images) for name in ("none", "int8"))
+    few = images.subset(torch.arange(20))
+    line = script.one("int8", rounded, plain, few, "published", given)
+    moved = script.published(plain, to_float(few.x), few.y, given)
+    left = (script.answers(rounded, moved, 20) == few.y).double().mean()
+    assert float(line["remnant_accuracy"]) == pytest.approx(float(left), abs=1e-4)
 
 
 def test_a_run_goes_on_where_it_was(script, trained, images, tmp_path, monkeypatch, capsys):
@@ -63,6 +74,9 @@ def test_a_run_goes_on_where_it_was(script, trained, images, tmp_path, monkeypat
     with pytest.raises(SystemExit, match="unknown row 'nothing'"):
         run("--rows", "nothing")
     assert capsys.readouterr().out.count("edit=") == 5
+    rounded = run("--rows", "int8", *attacks)[-2:]
+    assert [(line["edit"], line["attack"]) for line in rounded] == [("int8", "published"), ("int8", "strong")]
+    assert "pgd dlr float" in rounded[1]["changed_answers_after"] or "pgd margin float" in rounded[1]["changed_answers_after"]
     run("--stages")
     stages = list(csv.DictReader((tmp_path / "out" / "stages.csv").read_text("utf-8").splitlines()))
     moved = {
