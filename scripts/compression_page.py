@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -20,7 +21,7 @@ from matplotlib.axes import Axes
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "results", ROOT / "docs"
 ROUNDED = ", 8 bit"
-BASE = "one ranking (score=random, target={})"
+ROOM = 40, 88  # clean accuracy between which marks have room for names
 FAMILIES = {  # start of a label -> name, colour, marker
     "none": ("uncompressed", "#1d2320", "s"),
     "8 bit alone": ("uncompressed", "#1d2320", "s"),
@@ -100,8 +101,9 @@ def summary(lines: Sequence[Line]) -> Iterator[str]:
     yield row(["scheme", "clean", *(RATES[name] for name in metrics), "beyond random"])
     yield "|---" * (3 + len(metrics)) + "|"
     for line in lines:
-        beyond = beside_random(line, lines) if line["compress"] not in ("none", "8 bit alone") else None
-        cells = [line["compress"], interval(line, "accuracy"), *(interval(line, name) for name in metrics)]
+        label = line["compress"]
+        beyond = None if label in ("none", "8 bit alone") or is_random(label) else beside_random(line, lines)
+        cells = [label, interval(line, "accuracy"), *(interval(line, name) for name in metrics)]
         yield row([*cells, "" if beyond is None else f"{beyond:+.1f}"])
     yield ""
 
@@ -118,9 +120,14 @@ def seeds(lines: Sequence[Line]) -> Iterator[str]:
     yield ""
 
 
+def is_shown(line: Line, *, rounded: bool) -> bool:
+    """Return whether a network belongs to one half of the picture and was measured."""
+    return bool(line.get("worst_transfer")) and line["compress"].endswith(ROUNDED) == rounded
+
+
 def draw(axes: Axes, title: str, lines: Sequence[Line], *, rounded: bool) -> None:
     """Draw worst transfer accuracy against clean accuracy, one mark per network."""
-    base = [line for line in lines if line["compress"].endswith(ROUNDED) == rounded or line["compress"] == "none"]
+    base = [line for line in lines if is_shown(line, rounded=rounded) or line["compress"] == "none"]
     across, up = curve(base)
     axes.plot(across, up, color="#85877f", linewidth=1, zorder=1)
     axes.plot([0, 100], [0, 100], color="#dddddd", linewidth=0.8, zorder=0)
@@ -135,7 +142,7 @@ def draw(axes: Axes, title: str, lines: Sequence[Line], *, rounded: bool) -> Non
         axes.plot([clean, clean], [low, high], color=color, linewidth=0.8, zorder=2)
         axes.plot(clean, value, marker, color=color, markersize=5, label=name, zorder=3)
         times = re.search(r"target=([\d.]+)", label)
-        if name in ("GAP", "redrawn early (ours)", "random") and times:
+        if name in ("GAP", "redrawn early (ours)", "random") and times and ROOM[0] < clean < ROOM[1]:
             axes.annotate(f"{times[1]}x", (clean, value), (3, 3), textcoords="offset points", fontsize=5.5, color=color)
     axes.set_title(title, fontsize=9)
     axes.set_xlim(5, 97)
@@ -159,13 +166,16 @@ def main() -> None:
         if found:
             text += [f"## {title}", "", "Seeds side by side, %.", "", *seeds(found)]
     (RESULTS / "gap" / "summary.md").write_text("\n".join(text).rstrip() + "\n", "utf-8")
-    figure, places = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True)
-    draw(places[0], "floating point", lines, rounded=False)
-    draw(places[1], "8 bit", lines, rounded=True)
+    kinds = {"floating point": False, "8 bit": True}
+    shown = {title: rounded for title, rounded in kinds.items() if any(map(partial(is_shown, rounded=rounded), lines))}
+    figure, grid = plt.subplots(1, len(shown), figsize=(1.5 + 5 * len(shown), 4.8), sharey=True, squeeze=False)
+    places = list(grid[0])
+    for axes, (title, rounded) in zip(places, shown.items(), strict=True):
+        draw(axes, title, lines, rounded=rounded)
     places[0].set_ylabel("right under the worst of others' images, %", fontsize=8)
     handles = {label: handle for axes in places for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), fontsize=7.5, frameon=False)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=7.5, frameon=False)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     path = DOCS / "gap.svg"
     figure.savefig(path, metadata={"Date": None})
     path.write_text("\n".join(line.rstrip() for line in path.read_text("utf-8").splitlines()) + "\n", "utf-8")

@@ -10,6 +10,7 @@ import torch
 
 from secateur.bench.driver import run
 from secateur.bench.executors import make
+from secateur.bench.layout import render
 from secateur.bench.nodes import expand
 from secateur.bench.plan import read_plan
 from secateur.bench.source import digest as digest_of
@@ -125,6 +126,11 @@ def test_rates_under_attack_are_those_of_the_images_kept(plan, tmp_path):
     assert after.rates["white_box"]["n"] == 60
     assert after.rates["white_box"]["value"] < after.rates["accuracy"]["value"]
     assert set(before.rates) == {"accuracy", "white_box", "transfer_another_one"}
+    text = render([before, after], plan, markdown=True)
+    [line] = [line for line in text.splitlines() if line.startswith("| fine-tuning")]
+    assert [float(cell) for cell in line.strip("| ").split(" | ")[1:]] == [
+        pytest.approx(100 * after.rates[metric]["value"], abs=0.06) for metric in plan.metrics
+    ]
     test = load_data(store.folder(node.parents["data"]) / "test.npz")
     originals = {image.numpy().tobytes() for image in test.x}
     assert not originals & {image.numpy().tobytes() for image in made["white_box"].x}

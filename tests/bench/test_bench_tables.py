@@ -362,7 +362,7 @@ def test_only_benign_networks(tmp_path):
     for cell in table.graph.cells:
         table.finish(cell, 0.9)
     text = table.render()
-    assert section(text, "Benign control")[1] == ["repair", "accuracy"]
+    assert section(text, "Networks")[1] == ["repair", "accuracy"]
     assert "MEAN RANKS" not in text
     assert "PAIRED" not in text
     assert json.loads(table.render("json"))["cells"][0]["rates"]["attack_success"] is None

@@ -9,6 +9,7 @@ from functools import partial
 
 from ..report.markdown import escape
 from ..report.wording import plain, signed
+from .choices import NONE
 from .nodes import COLUMNS
 from .plan import Plan
 from .stats import Block, Summary, wilson
@@ -87,6 +88,8 @@ def _single(plan: Plan) -> dict[str, str]:
     clean = [_share(share) for share in plan.data.clean]
     models, compressors = ([choice.label for choice in choices] for choices in (plan.models, plan.compressors))
     axes = {"model": models, "clean": clean, "compress": compressors}
+    if not plan.repairs and not plan.studies_attacks:
+        axes["repair"] = [NONE]
     return {title: labels[0] for title, labels in axes.items() if len(labels) == 1}
 
 
@@ -222,12 +225,15 @@ def _control(groups: Sequence[Group], plan: Plan) -> Section:
     columns: list[Column] = []
     for metric in plan.metrics:
         show = partial(_level, metric=metric)
-        if metric == "accuracy":  # of clean images, the same under every trigger
+        if metric == "accuracy" or (plan.evasion and metric in plan.evasion.metrics):  # the same under every trigger
             columns += [(named(metric), trigger, show) for trigger in triggers[:1]]
         elif attacks:
             columns += [(f"{named(metric)} under {trigger}", trigger, show) for trigger in triggers]
+    lines = _lines(benign, triggers, "trigger")
+    if not attacks:
+        return _grid("Networks", lines, columns, ["Percent of images answered rightly."])
     above = ["Networks without a backdoor: the rates that are there under each attack's trigger anyway."]
-    return _grid("Benign control", _lines(benign, triggers, "trigger"), columns, above)
+    return _grid("Benign control", lines, columns, above)
 
 
 def _flagged(rows: Iterable[Row], plan: Plan) -> Section:
