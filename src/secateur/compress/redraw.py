@@ -36,8 +36,8 @@ def redraw(
     Adversarial images made on a network fool what was made of it as long as both read an image alike. What reads it are the
     early layers, which hold few of the weights and learn again within an epoch or two; drawn anew by chance, they look at other
     things than those of the network before, and of a copy that was made in the same way. The later layers keep what they
-    know. The seed is a secret: who has it and the clean images can make the same network. Random pruning of *all* layers costs more accuracy for less
-    (``docs/compression.md``). Nothing here makes the network itself harder to attack by somebody who has it.
+    know. The seed is a secret: who has it and the clean images can make the same network. Random pruning of *all* layers costs
+    more accuracy for less (``docs/compression.md``). Nothing here makes the network itself harder to attack for who has it.
 
     Args:
         model: Takes images in [0, 1]; not changed.
