@@ -55,6 +55,15 @@ def test_the_record_says_what_the_networks_do(done, trained, bars):
     assert any("twin" in said for said in record.limitations)
 
 
+def test_a_network_that_is_broken_is_told(trained, bars, done):
+    broken = runs.compress(
+        trained, bars(30, 1), target=25.0, arguments={"epochs": 0, "score": "random"}, test=bars(60, 2), eps=EPS, images=5
+    )
+    assert broken.result.after["accuracy"]["low"] <= 1 / 3
+    assert "no better than chance" in broken.result.details["notes"][0]
+    assert not any("no better than chance" in note for note in done.result.details["notes"])
+
+
 def test_other_targets_are_measured_alike(trained, bars, done):
     given = {"arguments": {"epochs": 1}, "test": bars(60, 2), "eps": EPS, "images": 30}
     wide = runs.compress(trained, bars(90, 1), target=2.0, also=(4.0,), **given)

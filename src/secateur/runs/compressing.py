@@ -32,6 +32,7 @@ from .records import (
     describe,
     environment,
     inputs,
+    is_chance,
     measure,
     now,
     rate_of,
@@ -46,6 +47,7 @@ LATENCY = 50  # images, one by one
 BATCH = 250  # images attacked at once
 BEFORE, AFTER = "before", "after"
 ONE_SEED = "One compression with one seed: another seed gives other numbers."
+BROKEN = "The network after is no better than chance: give more clean images, more epochs or a smaller target."
 TWIN = "Attacks follow the twin in floating point; of an integer file only the share of equal answers is known."
 
 
@@ -127,6 +129,8 @@ def compress(
         attacked = measured.subset(stratified(measured.y, [images], generator=generator(seed))[0])
     tell(f"attacking {len(attacked):,} images with {len(networks)} networks")
     matrix = _transfer(networks, attacked, eps, seed)
+    after = measure(final, measured, None)
+    broken = (BROKEN,) if is_chance(after, measured) else ()
     step = {"method": row.name, "version": row.version, "args": chosen}
     result = Result(
         kind="compress",
@@ -138,7 +142,7 @@ def compress(
         data={"clean": describe(seen), "test": describe(measured)},
         method={"name": row.name, "version": row.version, "args": chosen, "seed": seed},
         before=before | {"adversarial_accuracy": _left(matrix, BEFORE)},
-        after=measure(final, measured, None) | {"adversarial_accuracy": _left(matrix, AFTER)} | _not_timed(final),
+        after=after | {"adversarial_accuracy": _left(matrix, AFTER)} | _not_timed(final),
         cost={"seconds": seconds},
         findings=list((model.origin or {}).get("findings", ())),
         limitations=_limitations(final, test, measured, shared),
@@ -150,7 +154,7 @@ def compress(
             },
             "layers": layers_cut(model, done) if hard(done.mask) else [],
             "log": dict(done.log),
-            "notes": list(done.notes),
+            "notes": [*broken, *done.notes],
         },
     )
     return NetworkRun(final, hard(done.mask), result, step)

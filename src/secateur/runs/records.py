@@ -57,11 +57,15 @@ def check_fit(model: Classifier, data: ImageSet) -> None:
         raise ModelError(f"the network has {len(model.classes)} classes, the images have {len(data.classes)}")
 
 
+def is_chance(measured: Mapping[str, Any], data: ImageSet) -> bool:
+    """Return whether a network may be no better than always answering the commonest class."""
+    return measured["accuracy"]["low"] <= max(data.per_class()) / len(data)
+
+
 def check_better_than_chance(before: Mapping[str, Any], data: ImageSet) -> None:
     """Raise `InconclusiveError` when a network does no better than the commonest class would."""
-    commonest = max(data.per_class()) / len(data)
-    accuracy = before["accuracy"]
-    if accuracy["low"] <= commonest:
+    commonest, accuracy = max(data.per_class()) / len(data), before["accuracy"]
+    if is_chance(before, data):
         remedy = "give more images" if accuracy["value"] > commonest else "check --mean, --std, the class order and the data"
         raise InconclusiveError(
             f"accuracy on the given images is {100 * accuracy['value']:.1f} % (at least {100 * accuracy['low']:.1f} %, "
