@@ -47,9 +47,10 @@ Line = Mapping[str, str]
 
 
 def read(name: str) -> list[Line]:
-    """Return the lines of a plan's table; none if it was not run."""
+    """Return the lines of a plan's table that are done; none if it was not run."""
     path = RESULTS / name / "cells.csv"
-    return list(csv.DictReader(path.read_text("utf-8").splitlines())) if path.exists() else []
+    lines = csv.DictReader(path.read_text("utf-8").splitlines()) if path.exists() else []
+    return [line for line in lines if line["state"] == "done"]
 
 
 def rate(line: Line, name: str) -> float | None:
