@@ -131,6 +131,11 @@ def compress(
     matrix = _transfer(networks, attacked, eps, seed)
     after = measure(final, measured, None)
     broken = (BROKEN,) if is_chance(after, measured) else ()
+    small = _compression(model, final, measured, matrix, done.log)
+    if others:
+        whole = {BEFORE: (before["accuracy"], small["encoded_bytes"][0]), AFTER: (after["accuracy"], small["encoded_bytes"][1])}
+        rest = {name: (_share(correct(networks[name], measured)), len(encode(networks[name]))) for name in others}
+        small["choices"] = _choices(whole | rest, matrix, done.log)
     step = {"method": row.name, "version": row.version, "args": chosen}
     result = Result(
         kind="compress",
@@ -147,11 +152,7 @@ def compress(
         findings=list((model.origin or {}).get("findings", ())),
         limitations=_limitations(final, test, measured, shared),
         details={
-            "compression": {
-                **_compression(model, final, measured, matrix, done.log),
-                "divergence": _divergence(model, final, attacked, eps, seed),
-                **({"choices": _choices(networks, measured, matrix, done.log)} if others else {}),
-            },
+            "compression": {**small, "divergence": _divergence(model, final, attacked, matrix, seed)},
             "layers": layers_cut(model, done) if hard(done.mask) else [],
             "log": dict(done.log),
             "notes": [*broken, *done.notes],
@@ -186,15 +187,17 @@ def _transfer(networks: Mapping[str, nn.Module], data: ImageSet, eps: float, see
     return transfer_matrix(networks, networks, data, attack, ThreatModel(eps), generator=generator(seed))
 
 
-def _divergence(before: Classifier, after: Classifier, data: ImageSet, eps: float, seed: int) -> dict[str, Any] | None:
+def _divergence(
+    before: Classifier, after: Classifier, data: ImageSet, matrix: TransferMatrix, seed: int
+) -> dict[str, Any] | None:
     """Return how many images can be changed so that the network before is right and the one after wrong, of those both know."""
-    known = correct(before, data) & correct(after, data)
+    known, threat = matrix.right[BEFORE] & matrix.right[AFTER], ThreatModel(matrix.threat.eps)
     if not bool(known.any()):
         return None
     some = data.subset(known)
-    attack = divergence_attack(before, {"eps": eps})
+    attack = divergence_attack(before, {"eps": threat.eps})
     made = [
-        craft(attack, after, x, y, ThreatModel(eps), generator(seed)).stored
+        craft(attack, after, x, y, threat, generator(seed)).stored
         for x, y in zip(some.x.split(BATCH), some.y.split(BATCH), strict=True)
     ]
     changed = replace(some, x=torch.cat(made))
@@ -211,19 +214,25 @@ def _share(right: torch.Tensor) -> dict[str, Any]:
 
 
 def _choices(
-    networks: Mapping[str, nn.Module], data: ImageSet, matrix: TransferMatrix, log: Mapping[str, float]
+    measured: Mapping[str, tuple[Mapping[str, Any], int]], matrix: TransferMatrix, log: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Return what each choice of a target would leave, the network before first, the one asked for second."""
+    """Return what each choice of a target would leave, the network before first, the one asked for second.
+
+    Args:
+        measured: Name -> accuracy and encoded bytes.
+        matrix: Of all the networks.
+        log: Of the target asked for.
+    """
     made = f"{log['compression']:.3g}x" if "compression" in log else "asked for"
     return [
         {
             "name": made if name == AFTER else name,
-            "encoded_bytes": len(encode(network)),
-            "accuracy": _share(correct(network, data)),
+            "encoded_bytes": size,
+            "accuracy": accuracy,
             "white_box": _left(matrix, name),
             "transfer": _share(~matrix.wrong[BEFORE, name]),
         }
-        for name, network in networks.items()
+        for name, (accuracy, size) in measured.items()
     ]
 
 
