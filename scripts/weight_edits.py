@@ -132,7 +132,7 @@ def published(edited: Edited, x: Tensor, y: Tensor, given: Settings, *, steps: i
     return torch.cat(found)
 
 
-def strong(edited: Edited, x: Tensor, clean: Tensor, given: Settings, *, classes: int, both: bool) -> tuple[Tensor, str]:
+def strong(edited: Edited, x: Tensor, clean: Tensor, given: Settings, *, classes: int) -> tuple[Tensor, str]:
     """Return which answers some attack changes, and how many each attack had changed, counted on.
 
     Args:
@@ -141,11 +141,9 @@ def strong(edited: Edited, x: Tensor, clean: Tensor, given: Settings, *, classes
         clean: Its answers to them.
         given: Steps, restarts, queries.
         classes: How many; DLR needs four, the margin takes its place.
-        both: Attack through the adaptive forward and through the network itself.
     """
     left, told = torch.ones(len(x), dtype=torch.bool), []
     forwards = [(name or "adaptive", forward) for name, forward in adaptives(edited.model).items()]
-    forwards += [("plain", None)] if both else []
     common = {"eps": EPS, "batch_size": given.batch_size}
     climbing = {"steps": given.steps, "restarts": given.restarts, "drop_broken": True}
     attacks = [
@@ -170,7 +168,7 @@ def one(name: str, edited: Edited, source: Edited, images: ImageSet, kind: str, 
     if kind == "published":
         attacked = answers(edited, published(source, x, y, given), given.batch_size)
     else:
-        broken, parts = strong(edited, x, clean, given, classes=len(images.classes), both=name.startswith("clamp="))
+        broken, parts = strong(edited, x, clean, given, classes=len(images.classes))
         attacked = torch.where(broken, -1, clean)  # worst case: -1 is no class
     line: dict[str, object] = {"edit": name, "attack": kind, "changed": f"{edited.changed:.6f}", "n": len(y)}
     found = rates(y, clean, attacked)

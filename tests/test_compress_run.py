@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from secateur import runs
 from secateur.cli import run
 from secateur.compress import encode
+from secateur.compress.pruning import pruning
 from secateur.data import save_npz
 from secateur.errors import MethodError
 from secateur.measure import correct
 from secateur.methods import get
 from secateur.models import core, load_bundle, quantisation_of, save
 from secateur.report import to_html
+from secateur.report.compression import headline
+from secateur.state import generator
 
 EPS = 0.3
 
@@ -101,6 +106,52 @@ def test_an_integer_file_is_timed_and_its_twin_is_not(done):
     assert done.result.before["latency_ms"] > 0
 
 
+def test_rounding_a_pruned_network_keeps_its_mask_and_says_the_same_parameters(trained, bars):
+    sparse = pruning(trained, bars(90, 1), target=4.0, epochs=1, generator=generator(0))
+    rounded = runs.compress(
+        sparse.model, bars(90, 1), method="quantisation", arguments={"epochs": 1}, test=bars(60, 2), eps=EPS, images=5
+    )
+    assert {name: keep.tolist() for name, keep in rounded.mask.keep.items() if not bool(keep.all())} == {
+        name: keep.tolist() for name, keep in sparse.mask.keep.items() if not bool(keep.all())
+    }
+    found = rounded.result.details["compression"]
+    assert found["times"] == found["times_before"] == sparse.log["compression"]
+    assert headline(asdict(rounded.result)).startswith("The same parameters, ")
+
+
+def test_a_further_target_that_cannot_be_is_refused_before_anything_is_trained(trained, bars):
+    steps = []
+    given = {"arguments": {"epochs": 1}, "test": bars(60, 2), "on_step": lambda *step: steps.append(step)}
+    with pytest.raises(MethodError, match=r"target compression must lie in \[1, [\d.]+\], got 1000"):
+        runs.compress(trained, bars(90, 1), target=2.0, also=(1000.0,), **given)
+    sparse = pruning(trained, bars(90, 1), target=4.0, epochs=0, generator=generator(0)).model
+    with pytest.raises(MethodError, match=r"target must be above 3\.999, which the network has already, got 2"):
+        runs.compress(sparse, bars(90, 1), target=8.0, also=(2.0,), **given)
+    assert not steps
+
+
+def test_every_method_says_how_much_smaller(trained, bars):
+    arguments = {"score_epochs": 0, "epochs": 0, "eps": 0.0}
+    made = runs.compress(
+        trained, bars(90, 1), method="hydra", arguments=arguments, target=2.0, test=bars(60, 2), eps=EPS, images=5
+    )
+    own = list(core(made.model).parameters())
+    assert headline(asdict(made.result)).startswith(
+        f"{made.result.details['compression']['times']:.3g} times fewer parameters, "
+    )
+    left = sum(int((value != 0).sum()) for value in own)
+    assert made.result.details["compression"]["times"] == pytest.approx(sum(p.numel() for p in own) / left)
+    assert 1.8 < made.result.details["compression"]["times"] < 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_network_on_another_device_is_compressed_and_attacked(trained, bars):
+    made = runs.compress(
+        deepcopy(trained).cuda(), bars(90, 1), target=2.0, bits=8, arguments={"epochs": 1}, test=bars(60, 2), eps=EPS, images=30
+    )
+    assert made.result.details["compression"]["divergence"]["n"] > 0
+
+
 def test_the_verb_writes_a_bundle_that_keeps_its_zeros(files, capsys, schema):
     assert run([*COMPRESS, "--target", "2x", "--also", "4x", "--int8", "--set", "epochs=1", "-o", "out"]) == 0
     record = json.loads((files / "out" / "result.json").read_text())
@@ -137,7 +188,7 @@ def test_a_method_that_cuts_a_share_gets_the_share_of_a_target():
         (["--method", "quantisation", "--also", "4x"], "'quantisation' has no target"),
         (["--target", "2x", "--also", "2x"], "further targets must be different, and other than the target"),
         (["--method", "gab"], "did you mean 'gap'"),
-        (["--target", "1000x"], "compression must lie in"),
+        (["--target", "1000x"], "target compression must lie in"),
     ],
 )
 def test_mistakes_are_one_line(files, capsys, more, said):

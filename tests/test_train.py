@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import secateur.train as train_module
+from secateur.compress import quantise
 from secateur.errors import DataError, MethodError, ModelError
-from secateur.models import Classifier, build
+from secateur.models import Classifier, build, wrap
 from secateur.state import generator, seeded
 from secateur.train import Recipe, train
 from secateur.types import ImageSet
@@ -355,6 +356,18 @@ def test_hold_of_everything_kept_is_no_hold(tiny, images):
 def test_hold_that_does_not_fit(tiny, images, hold, message):
     with pytest.raises(MethodError, match=message):
         train(tiny(), images, Recipe(epochs=1), hold=hold, generator=generator(0))
+
+
+def test_rounded_networks_are_refused(trained, images):
+    """Gradients of rounded feature maps are 0, and a step would take quantised weights off their grid; a clamp trains."""
+    once = Recipe(epochs=1, batch_size=40)
+    clamped = wrap(trained, [{"after": "bn1", "kind": "clamp", "low": -1.0, "high": 1.0}])
+    assert not torch.equal(train(clamped, images, once, generator=generator(0)).net.conv1.weight, trained.net.conv1.weight)
+    rounded = wrap(clamped, [{"after": "bn2", "kind": "round", "decimals": 1}])
+    with pytest.raises(MethodError, match=r"rounds its feature maps after 'bn2'.*models\.unwrap"):
+        train(rounded, images, once, generator=generator(0))
+    with pytest.raises(MethodError, match=r"quantised already.*models\.dequantised"):
+        train(quantise(trained, images), images, once, generator=generator(0))
 
 
 def test_divergence_is_an_error_with_a_remedy(tiny, images):

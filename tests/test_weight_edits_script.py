@@ -64,7 +64,7 @@ def test_a_run_goes_on_where_it_was(script, trained, images, tmp_path, monkeypat
     assert [(line["edit"], line["attack"]) for line in first] == [
         (name, attack) for attack in ("published", "strong") for name in ("none", "clamp=3std")
     ]
-    assert "pgd cross-entropy plain" in first[3]["changed_answers_after"]
+    assert "pgd cross-entropy clamped" in first[3]["changed_answers_after"]
     again = run("--rows", "none,R=0.01 resampled", "--attack", "published")
     assert again[:4] == first
     assert [line["edit"] for line in again[4:]] == ["R=0.01 resampled"]

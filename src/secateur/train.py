@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .adversarial_training import Adversary, Watch
 from .data import augment
 from .errors import DataError, MethodError, ModelError
-from .models import core
+from .models import core, wrappers_of
+from .models.quantised import is_on_grid
 from .recipe import Recipe
 from .state import batch_size, load_progress, save_progress, seeded
 from .types import ImageSet, to_float
@@ -114,11 +115,12 @@ def train(
 
     Raises:
         DataError: There are no images.
-        MethodError: ``hold`` does not fit the network, or ``eps`` the images.
+        MethodError: ``hold`` does not fit the network, or ``eps`` the images; or see `check_trainable`.
         ModelError: The loss is not finite, or the checkpoint belongs to another run.
     """
     if len(data) == 0:
         raise DataError("training needs at least one image, got 0")
+    check_trainable(model)
     student = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     student.requires_grad_(True)
     device = next(student.parameters()).device
@@ -152,6 +154,20 @@ def train(
         after.grad = None
         after.requires_grad_(old.requires_grad)
     return student.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise `MethodError` for a network that rounds its feature maps, whose gradients are 0, or that is quantised for good."""
+    rounded = [fields["after"] for fields in wrappers_of(model) if fields["kind"] == "round"]
+    if rounded:
+        raise MethodError(
+            f"the network rounds its feature maps after '{rounded[-1]}', and nothing before that can be trained; take it off "
+            "first (models.unwrap)"
+        )
+    if is_on_grid(model):
+        raise MethodError(
+            "the network is quantised already, and training would undo that; take it off first (models.dequantised)"
+        )
 
 
 def _epoch(

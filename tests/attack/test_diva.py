@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from secateur.attack import diva, pgd
 from secateur.attack.diva import _Apart
 from secateur.compress import quantise
-from secateur.errors import DataError, MethodError
+from secateur.errors import DataError, MethodError, ModelError
 from secateur.runs.evading import divergence_attack
 from secateur.state import generator
 from secateur.types import to_float
@@ -103,3 +104,19 @@ def test_mistakes_are_told(trained, rounded, known, given, error, said):
     y = y if "y" not in given else torch.full_like(y, given.pop("y"))
     with pytest.raises(error, match=said):
         diva(rounded, x, y, original=trained, **given, generator=generator(0))
+
+
+def test_networks_with_other_classes_are_refused(trained, known):
+    x, y = (part[:4] for part in known)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 5))
+    with pytest.raises(ModelError, match=r"the same classes: the one before answers with \(3,\), the one after with \(5,\)"):
+        diva(wide, x, y, original=trained, generator=generator(0))
+
+
+def test_its_steps_reach_any_budget(trained, rounded, known):
+    x, y = (part[:8] for part in known)
+    attack = divergence_attack(trained, {"eps": 0.5})
+    assert attack.settings["step_size"] == pytest.approx(2.5 * 0.5 / 20)
+    assert divergence_attack(trained, {"eps": 8 / 255}).settings["step_size"] == pytest.approx(1 / 255)
+    moved = attack(rounded, x, y, generator(0))
+    assert float((moved - x).abs().max()) > 0.4

@@ -80,6 +80,47 @@ def test_a_quantised_network_is_refused_at_once(trained, images):
         pruning(rounded, images, bits=8, generator=generator(0))
 
 
+@pytest.fixture(scope="module")
+def sparse(trained, images):
+    """The trained network, a quarter of its parameters left."""
+    return pruning(trained, images, target=4.0, epochs=1, score="random", generator=generator(0))
+
+
+def gone(done, sparse):
+    """Return whether all that a first compression cut is still 0."""
+    own = parameters_of(done.model)
+    return all(bool((own[name][~keep] == 0).all()) for name, keep in sparse.mask.keep.items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"score": "random"}, {"scope": "layer"}, {"rounds": 2}, {"bits": 8}])
+def test_what_was_cut_before_stays_cut_and_counts(sparse, images, settings):
+    done = pruning(sparse.model, images, target=8.0, epochs=1, lr=0.05, **settings, generator=generator(1))
+    assert gone(done, sparse)
+    cut, silent = zeros(done)
+    assert cut == silent
+    total = sum(parameter.numel() for parameter in parameters_of(sparse.model).values())
+    assert done.log["compression"] == pytest.approx(8, rel=1e-3 + 1 / total if settings.get("scope") != "layer" else 0.3)
+    kept = done.mask.keep
+    assert all(not bool((kept[name] & ~keep).any()) for name, keep in sparse.mask.keep.items())
+
+
+def test_gap_too_leaves_zeros_alone(sparse, images):
+    done = gap(sparse.model, images, target=8.0, epochs=1, lr=0.05, generator=generator(1))
+    assert gone(done, sparse)
+    assert done.log["compression"] == pytest.approx(8, rel=0.01)
+
+
+def test_training_while_rounding_leaves_zeros_alone(sparse, images):
+    done = quantisation(sparse.model, images, epochs=3, lr=0.02, generator=generator(1))
+    assert gone(done, sparse)
+    assert not torch.equal(core(done.model).conv1.weight, core(sparse.model).conv1.weight)
+
+
+def test_a_target_that_the_network_has_already_is_refused(sparse, images):
+    with pytest.raises(MethodError, match=r"target must be above 3\.999, which the network has already, got 2"):
+        pruning(sparse.model, images, target=2.0, generator=generator(0))
+
+
 def test_every_score_of_weights_can_be_named():
     assert set(SCORES) == {row.name for row in table("score")} - {"gap", "hydra"}  # these have compressors of their own
 
@@ -89,8 +130,8 @@ def test_every_score_of_weights_can_be_named():
     [
         ({"score": "l3"}, r"unknown score 'l3'"),
         ({"bits": 16}, r"bits must lie in \[2, 8\], or be 32 for floating point, got 16"),
-        ({"target": 0.5}, r"compression must lie in"),
-        ({"target": 1e6}, r"compression must lie in"),
+        ({"target": 0.5}, r"target compression must lie in"),
+        ({"target": 1e6}, r"target compression must lie in"),
     ],
 )
 def test_mistakes_are_told(trained, images, settings, said):

@@ -60,7 +60,7 @@ def test_layers_can_be_named(trained, images):
         ({"target": 1.001}, r"share=0\.9 of the layers drawn anew is [\d,]+ weights, and target=1\.001 cuts [\d,]+ in all"),
         ({"layers": "last-layer"}, r"layers='last-layer' are none before the classifier"),
         ({"layers": "first"}, r"unknown layer 'first'"),
-        ({"target": 1e6}, r"compression must lie in"),
+        ({"target": 1e6}, r"target compression must lie in"),
     ],
 )
 def test_mistakes_are_told(trained, images, settings, said):

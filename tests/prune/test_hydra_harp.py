@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from secateur.adversarial_training import Watch
 from secateur.errors import MethodError
 from secateur.models import build
-from secateur.prune import Fraction, removed, select
+from secateur.prune import Fraction, apply_mask, magnitude, removed, select
 from secateur.prune.harp import Pressure, Rated, harp, share_out
 from secateur.prune.hydra import Subnet, hydra, hydra_pruning
 from secateur.prune.learned import largest, learn_scores, robust_recipe
@@ -273,3 +274,30 @@ def test_shares_out_by_largest_remainders():
 def test_settings_of_harp_out_of_range(tiny, images, gen, given, message):
     with pytest.raises(MethodError, match=message):
         harp(tiny(), images, **given, generator=gen)
+
+
+def test_everything_may_be_kept(tiny, images):
+    done = harp(tiny(), images, fraction=0.0, minimum=1.0, score_epochs=1, epochs=0, **CLEAN, generator=generator(0))
+    assert sum(removed(done.mask).values()) == 0
+
+
+@pytest.mark.parametrize("method", [hydra_pruning, harp])
+def test_catastrophic_overfitting_is_told(tiny, images, monkeypatch, method):
+    """Of the scores and of the fine-tuning: both end with the epoch before."""
+    monkeypatch.setattr(Watch, "fallen", lambda *_: "overfitted")
+    done = method(tiny(), images, score_epochs=2, epochs=2, adversarial="fast", batch_size=60, generator=generator(0))
+    assert [note for note in done.notes if "overfitted" in note] == [
+        "overfitted in epoch 1: training ended with the weights of the epoch before"
+    ] * 2
+
+
+@pytest.mark.parametrize("method", [hydra_pruning, harp])
+def test_what_was_cut_before_stays_cut(trained, images, method):
+    cut = apply_mask(
+        trained, select(magnitude.random(trained, images, granularity="weight", generator=generator(0)), Fraction(0.5))
+    )
+    done = method(cut, images, fraction=0.6, score_epochs=1, epochs=1, lr=0.05, **CLEAN, generator=generator(0))
+    before, after = dict(cut.named_parameters()), dict(done.model.named_parameters())
+    gone = {name: value == 0 for name, value in before.items()}
+    assert sum(int(where.sum()) for where in gone.values()) > 1000
+    assert all(bool((after[name][where] == 0).all()) for name, where in gone.items())

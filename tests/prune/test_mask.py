@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.errors import MethodError, ModelError
 from secateur.prune import apply_mask, carry_over, collapsed, parameter_masks, removed
-from secateur.prune.mask import edited
+from secateur.prune.mask import compression, edited, joined, zeros
 from secateur.types import ChannelMask, SoftMask, WeightMask
 
 HALF = torch.tensor([True, False, True, False])
@@ -196,3 +196,32 @@ def test_removed_never_grows_when_carried_over(keep, data):
     stays = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(keep) - 1), min_size=1))))
     left = carry_over(ChannelMask({"a": keep}), {"a": stays})
     assert sum(removed(left).values()) == int((~keep[stays]).sum())
+
+
+def test_what_is_zero_was_cut_but_for_a_bias_of_zeros_throughout(tiny):
+    model = tiny()
+    assert zeros(model).keep == {}
+    with torch.no_grad():
+        model.net.conv1.weight[1, 0, 0, 0] = 0
+        model.net.bn1.weight[2] = 0
+        model.net.bn1.bias[2] = 0
+        model.net.bn2.bias.zero_()
+    found = zeros(model)
+    assert removed(found) == {"conv1.weight": 1, "bn1.weight": 1, "bn1.bias": 1}
+    assert not bool(found.keep["conv1.weight"][1, 0, 0, 0])
+
+
+def test_two_cuts_are_joined_and_counted(tiny):
+    model = tiny()
+    before = zeros(model)
+    mask = ChannelMask({"bn1": torch.tensor([True, False, True, True])})
+    assert joined(model, mask, before) is mask
+    assert joined(model, None, before) is None
+    with torch.no_grad():
+        model.net.bn1.weight[:2] = 0
+    both = joined(model, mask, zeros(model))
+    assert removed(both) == {"bn1.weight": 2, "bn1.bias": 1}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert compression(model, both) == total / (total - 3)
+    assert compression(model, mask) == total / (total - 2)
+    assert compression(model, None) == 1

@@ -160,7 +160,7 @@ def test_compression_by_the_formula(compression, kept, scope):
 @pytest.mark.parametrize("compression", [0.99, 5.01])
 def test_compression_has_limits(compression):
     scores = Scores({"a.weight": torch.rand(800)}, "weight")
-    with pytest.raises(MethodError, match=rf"^compression must lie in \[1, 5\], got {compression}$"):
+    with pytest.raises(MethodError, match=rf"^target compression must lie in \[1, 5\], got {compression}$"):
         select(scores, Compression(compression, total=1000))
 
 

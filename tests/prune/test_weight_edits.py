@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 from secateur.attack import eot, pgd, through_wrappers
+from secateur.compress import quantise
 from secateur.errors import MethodError
 from secateur.measure import predict
 from secateur.models import wrap
-from secateur.prune import Resampled, adaptive, apply_and_heal, clamp, edits, noise, small_entries, sparsify
+from secateur.models.quantised import Backward
+from secateur.prune import Resampled, adaptive, adaptives, apply_and_heal, clamp, edits, noise, small_entries, sparsify
 from secateur.prune.edits import is_normal
 from secateur.state import generator, seeded
 
@@ -174,6 +178,23 @@ def test_what_is_adaptive_follows_from_what_the_network_has(tiny, monkeypatch):
     noise(rounded, radius=0.1, resampled=True, generator=generator(0))
     assert made == [(edits.DRAWS, None), (edits.DRAWS, through_wrappers)]
     assert sparsify(rounded, below=0.1).forward is through_wrappers
+
+
+def test_a_clamp_has_two_gradients(tiny, images):
+    clamped = wrap(tiny(), [{"after": "bn1", "kind": "clamp", "low": -1.0, "high": 1.0}])
+    assert adaptives(clamped) == {"passed": through_wrappers, "clamped": None}
+    assert adaptive(clamped) is through_wrappers
+    both = wrap(clamped, [{"after": "bn2", "kind": "round", "decimals": 1}])
+    assert adaptives(both) == {"": through_wrappers}
+    rounded = adaptives(quantise(clamped, images))
+    assert set(rounded) == {f"{name}, {inner}" for name in get_args(Backward) for inner in ("passed", "clamped")}
+    x = torch.rand(2, *images.shape)
+    slopes = []
+    for forward in rounded.values():
+        points = x.clone().requires_grad_()
+        [slope] = torch.autograd.grad(forward(quantise(clamped, images), points).sum(), [points])
+        slopes.append(slope)
+    assert not any(torch.equal(one, other) for one, other in combinations(slopes, 2))
 
 
 def test_edits_leave_the_network_alone(tiny, images):

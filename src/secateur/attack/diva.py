@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_range
+from ..errors import ModelError, check_range
 from .ball import Ball, Norm
 from .common import attack, check_numbers, climb
 from .losses import Aim, together
@@ -60,7 +60,7 @@ def diva(
     Raises:
         DataError: The images do not lie in [0, 1], or a label is not among the classes.
         MethodError: An argument is out of range.
-        ModelError: A network does not take the images, answers with NaN or passes no gradient back.
+        ModelError: A network does not take the images, answers with NaN or passes no gradient back, or they have other classes.
 
     Differs from the authors' code in that images are in [0, 1] and stay there, and that points that reached the aim on the way
     are kept. Theirs on a network that is only known by its answers trains a copy of it first: give that copy as ``model``.
@@ -92,7 +92,11 @@ class _Pair(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return both answers side by side."""
         answer = self.model(x) if self._forward is None else together(self._forward(self.model, x))
-        return torch.cat([self.original(x), answer], dim=1)
+        before = self.original(x)
+        if answer.shape != before.shape:
+            classes = f"the one before answers with {tuple(before.shape[1:])}, the one after with {tuple(answer.shape[1:])}"
+            raise ModelError(f"both networks must have the same classes: {classes} logits")
+        return torch.cat([before, answer], dim=1)
 
 
 @dataclass(frozen=True)

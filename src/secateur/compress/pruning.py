@@ -6,7 +6,7 @@ that are left; the classifier stays whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -17,14 +17,14 @@ from torch import nn
 from ..errors import MethodError, check_choice, check_range
 from ..models import Classifier, core, quantisation_of
 from ..models.flow import trace
-from ..prune import Compression, Sentence, activity, gradients, magnitude, movement, prunable_layers, prune_in_rounds, removed
+from ..prune import Compression, Sentence, activity, gradients, magnitude, movement, prunable_layers, prune_in_rounds
 from ..prune import gap as gaps
 from ..prune.grammar import Score
-from ..prune.mask import hard
+from ..prune.mask import compression, hard, joined, zeros
 from ..prune.schedule import Pace
 from ..prune.select import Order, Scope
 from ..recipe import Recipe
-from ..train import OnStep
+from ..train import OnStep, check_trainable
 from ..types import Granularity, ImageSet, Repaired, Scores
 from .quantise import Observer, qat, quantise
 
@@ -179,7 +179,7 @@ def quantisation(
         weight_bits: Of weights, in [2, 8].
         observer: ``minmax`` or ``percentile``.
         percentile: Of values within the range, in [50, 100].
-        epochs: Of training as a rounded network (QAT), >= 0; 0 rounds only (PTQ).
+        epochs: Of training as a rounded network (QAT), >= 0; 0 rounds only (PTQ). What is 0 already stays 0.
         lr: Its learning rate, > 0, constant.
         on_step: Progress of the training.
         generator: Source of all randomness.
@@ -197,7 +197,7 @@ def quantisation(
         )
     done = qat(
         network, clean, recovery(epochs, lr), calibration=seen, bits=bits, weight_bits=weight_bits, observer=observer,
-        percentile=percentile, on_step=on_step, generator=generator,
+        percentile=percentile, mask=zeros(network), on_step=on_step, generator=generator,
     )  # fmt: skip
     return Repaired(done, None)
 
@@ -234,28 +234,42 @@ def compressed(
         on_step: Progress of the fine-tuning.
         generator: Source of all randomness.
 
+    What is 0 already was cut before: it stays 0, goes first and counts.
+
     Raises:
         MethodError: An argument is out of range, or so much cannot be cut.
         ModelError: The network cannot be quantised.
     """
     check_range("images", images, 1, 2**31)
+    if heal.epochs:
+        check_trainable(model)
     if bits != FLOAT:
         if not 2 <= bits <= 8:
             raise MethodError(f"bits must lie in [2, 8], or be {FLOAT} for floating point, got {bits}")
         if quantisation_of(_classifier(model)) is not None:
             raise MethodError("the network is quantised already; take that off first (models.dequantised)")
         trace(_classifier(model).net, clean.shape)  # refuses now what would be refused after minutes
+    before = zeros(model)
+    assert isinstance(sentence.amount, Compression)
+    check_targets(model, [sentence.amount.compression])
     few = replace(sentence, score=_seeing(sentence.score, images))
     done = prune_in_rounds(
         model, clean, few, rounds=rounds, pace=pace, heal=heal if heal.epochs else None, on_step=on_step, generator=generator
     )
-    mask = hard(done.mask)
-    cut = sum(removed(mask).values()) if mask is not None else 0
-    total = sum(parameter.numel() for parameter in core(done.model).parameters())
-    done = replace(done, log={**done.log, "compression": total / (total - cut)})
+    mask = joined(model, hard(done.mask), before)
+    done = replace(done, mask=mask, log={**done.log, "compression": compression(model, mask)})
     if bits == FLOAT:
         return done
     return replace(done, model=quantise(_classifier(done.model), _drawn(clean, CALIBRATED, generator), bits=bits))
+
+
+def check_targets(model: nn.Module, targets: Iterable[float]) -> None:
+    """Raise `MethodError` unless each target is more than what was cut before."""
+    before = zeros(model)
+    already = compression(model, before)
+    for target in targets:
+        if before.keep and target <= already:
+            raise MethodError(f"target must be above {already:.4g}, which the network has already, got {target:g}")
 
 
 def _seeing(score: Score, images: int) -> Score:

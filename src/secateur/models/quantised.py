@@ -189,6 +189,12 @@ def quantisation_of(model: nn.Module) -> Quantisation | None:
     return forward.quantisation if isinstance(forward, Quantiser) else None
 
 
+def is_on_grid(model: nn.Module) -> bool:
+    """Return whether a network, or one within it, is quantised for good: training would move its weights off their grid."""
+    forwards = (vars(module).get("forward") for module in model.modules())
+    return any(isinstance(forward, Quantiser) and not forward.live for forward in forwards)
+
+
 def flow_of(model: nn.Module) -> Flow:
     """Return the steps of a quantised network."""
     return vars(core(model))["forward"].flow

@@ -1,6 +1,6 @@
 """Edits of feature maps between stages: rounded to n decimals, or clamped to bounds, given or taken from clean images.
 
-After Kahsolt/adversarial-prune (github, 2023), whose ``test_step.py`` rounds after each stage of a ResNet-18 that was attacked
+After Kahsolt/adversarial-prune (github, 2022), whose ``test_step.py`` rounds after each stage of a ResNet-18 that was attacked
 without rounding, and whose README describes the clamp. Both are put on as `models.wrap` puts them and can be saved in a bundle.
 """
 

@@ -1,19 +1,20 @@
 """Edits of whole tensors: zero what is small, clamp what is large, add noise, once or at each forward.
 
-After Kahsolt/adversarial-prune (github, 2023): its E, S and R, said to hinder PGD without any training. Each function returns
+After Kahsolt/adversarial-prune (github, 2022): its E, S and R, said to hinder PGD without any training. Each function returns
 an `Edited`: a new network, the share of entries changed and what an attack made against this very edit calls in its place:
 
 ==========================================  ======================================================================
 what the network has                        `adaptive`
 ==========================================  ======================================================================
 other weights (`sparsify clamp noise`)      None: its own gradient is true, an attack on it is adaptive as it stands
-edits of feature maps (``activations``)     `attack.through_wrappers`: exact values, gradient of the identity (BPDA)
+rounded feature maps (``activations``)      `attack.through_wrappers`: exact values, gradient of the identity (BPDA)
+clamped feature maps                        the same, and None: the true gradient, 0 beyond the bounds
 quantised feature maps (``compress``)       `attack.through_quantisation`: exact values, gradient of the identity in range
 noise drawn at each forward (`Resampled`)   `attack.eot`: the mean over `DRAWS` draws
 several of these                            all of them, one within the other
 ==========================================  ======================================================================
 
-Of a quantised network three gradients are known, and none is always the best: `adaptives` has them all.
+Where several gradients are known none is always the best: `adaptives` has them all, of a quantised network three.
 
 Other edits of the grammar are masks: ``zero`` is `mask.apply_mask`, ``scale`` is a `SoftMask`, ``remove`` is in ``compress``.
 """
@@ -61,7 +62,7 @@ class Edited:
 def adaptive(model: nn.Module) -> Forward | None:
     """Return the setting ``forward`` with which attacks on an edited network are adaptive (the table above).
 
-    Of a quantised network it is the first of the three that `adaptives` returns; attack it with each.
+    Where there are several it is the first that `adaptives` returns; attack with each.
     """
     return next(iter(adaptives(model).values()))
 
@@ -70,15 +71,23 @@ def adaptives(model: nn.Module) -> Mapping[str, Forward | None]:
     """Return all settings ``forward`` that attacks on an edited network have to be run with; the worst over them counts.
 
     Returns:
-        Name -> forward. One without a name, which may be None, unless the network is quantised: then ``clipped``,
-        ``pass-through`` and ``float``.
+        Name -> forward; None stands for the network itself. One without a name where one is all. Otherwise named after how
+        gradients go through clamps of feature maps, ``passed`` (as if there were none) or ``clamped`` (the true one), and
+        through quantisation, ``clipped``, ``pass-through`` and ``float``; after both: ``float, clamped``.
     """
-    inner = through_wrappers if wrappers_of(model) else None
-    drawn = any(isinstance(module, Resampled) for module in model.modules())
-    if all(quantisation_of(module) is None for module in model.modules()):
-        return {"": eot(DRAWS, forward=inner) if drawn else inner}
-    found = {name: through_quantisation(name, forward=inner) for name in get_args(Backward)}
-    return {name: eot(DRAWS, forward=forward) if drawn else forward for name, forward in found.items()}
+    kinds = {fields["kind"] for fields in wrappers_of(model)}
+    found: dict[str, Forward | None] = {"": through_wrappers if kinds else None}
+    if kinds == {"clamp"}:  # with rounding among them the true gradient is 0
+        found = {"passed": through_wrappers, "clamped": None}
+    if any(quantisation_of(module) is not None for module in model.modules()):
+        found = {
+            ", ".join(filter(None, (name, inner))): through_quantisation(name, forward=forward)
+            for name in get_args(Backward)
+            for inner, forward in found.items()
+        }
+    if any(isinstance(module, Resampled) for module in model.modules()):
+        return {name: eot(DRAWS, forward=forward) for name, forward in found.items()}
+    return found
 
 
 def small_entries(model: nn.Module, *, below: float, names: Iterable[str] | None = None) -> WeightMask:

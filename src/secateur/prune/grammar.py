@@ -23,7 +23,7 @@ from ..types import Candidate, Granularity, HardMask, ImageSet, Rate, Repaired, 
 from . import magnitude
 from .layers import choose_layers, layer_of_site
 from .lipschitz import lipschitz
-from .mask import Edit, apply_mask, collapsed, edited, masked_values, parameter_masks, removed
+from .mask import Edit, apply_mask, collapsed, edited, joined, masked_values, parameter_masks, removed, zeros
 from .select import Amount, Fraction, Order, Ranking, Scope, Until, rank, restrict
 
 SIGNIFICANCE = 0.05
@@ -221,16 +221,16 @@ def apply_and_heal(
     on_step: OnStep | None = None,
     generator: torch.Generator,
 ) -> Repaired:
-    """Put a mask on a copy of ``model`` and, if asked, fine-tune it on ``clean`` with the mask held."""
+    """Put a mask on a copy of ``model`` and, if asked, fine-tune it on ``clean`` with the mask held, and what was 0 before."""
     repaired = apply_mask(model, mask).eval()
     counts = removed(mask)
     at_cut = wilson(int(correct(repaired, clean).sum()), len(clean))
     size = sum(keep.numel() for keep in mask.keep.values())
     share = sum(counts.values()) / max(size, 1)
     log = {"removed": float(sum(counts.values())), "removed_share": share, "clean_accuracy_at_cut": at_cut.value}
+    notes = [f"layer collapse: nothing is left of '{name}'" for name in collapsed(mask)]
     if heal is not None and heal.epochs > 0:
-        hold = parameter_masks(model, mask)
-        repaired = train(repaired, clean, heal, hold=hold, on_step=on_step, generator=generator)
-    notes = tuple(f"layer collapse: nothing is left of '{name}'" for name in collapsed(mask))
+        hold = parameter_masks(model, joined(model, mask, zeros(model)) or mask)
+        repaired = train(repaired, clean, heal, hold=hold, on_step=on_step, on_note=notes.append, generator=generator)
     candidate = Candidate(share, sum(counts.values()), mask, at_cut)
-    return Repaired(repaired, mask, (candidate,), log, notes)
+    return Repaired(repaired, mask, (candidate,), log, tuple(notes))

@@ -49,7 +49,8 @@ class Rated(Masked):
         super().__init__(model, input_shape, "weight")
         self.target, self.least = target, minimum * target
         self.sizes = tuple(score.numel() for score in self.scores)
-        share = min(max((initial - self.least) / (1 - self.least), EDGE), 1 - EDGE)
+        room = max(1 - self.least, EDGE)  # none where every weight is kept
+        share = min(max((initial - self.least) / room, EDGE), 1 - EDGE)
         device = self.scores[0].device
         self.rates = nn.Parameter(torch.full((len(self.sizes),), math.log(share / (1 - share)), device=device))
 
@@ -177,19 +178,20 @@ def harp(
     budget = sum(start.sizes) - int(fraction * sum(start.sizes) + 1e-9)
     share_out(start.sizes, [1 - fraction] * len(start.sizes), budget)  # refuses now what would be refused after minutes
     pressure = Pressure(gamma)
+    notes: list[str] = []
     rated = learn_scores(
         start, clean, replace(heal, epochs=score_epochs, lr=score_lr),
-        penalty=pressure, on_epoch=pressure.after, on_step=on_step, generator=generator,
+        penalty=pressure, on_epoch=pressure.after, on_step=on_step, on_note=notes.append, generator=generator,
     )  # fmt: skip
     mask, counts = _cut(rated, budget)
     done = apply_and_heal(adopt_statistics(model, rated), clean, mask, heal=heal, on_step=on_step, generator=generator)
     learned = float(rated.kept().detach())
     log = {"learned_share": learned, **{f"kept/{name}": float(n) for name, n in zip(rated.names, counts, strict=True)}}
-    notes = done.notes
+    notes += done.notes
     if learned > (1 + OFF) * rated.target:
         told = f"the shares learned kept {learned:.2%} of the weights, more than {rated.target:.2%}; they were lowered together"
-        notes = (*notes, f"{told}; more score_epochs or a larger gamma leave that to the learning")
-    return replace(done, log={**done.log, **log}, notes=notes)
+        notes.append(f"{told}; more score_epochs or a larger gamma leave that to the learning")
+    return replace(done, log={**done.log, **log}, notes=tuple(notes))
 
 
 def _cut(rated: Rated, budget: int) -> tuple[WeightMask, list[int]]:

@@ -165,6 +165,8 @@ def hydra_pruning(
     )  # fmt: skip
     recipe = replace(heal, epochs=score_epochs, lr=score_lr)
     start = Subnet(model, clean.shape, granularity, fraction, scope)
-    masked = learn_scores(start, clean, recipe, on_step=on_step, generator=generator)
+    told: list[str] = []
+    masked = learn_scores(start, clean, recipe, on_step=on_step, on_note=told.append, generator=generator)
     mask = select(Scores(final_scores(masked), granularity), Fraction(fraction), scope=scope)
-    return apply_and_heal(adopt_statistics(model, masked), clean, mask, heal=heal, on_step=on_step, generator=generator)
+    done = apply_and_heal(adopt_statistics(model, masked), clean, mask, heal=heal, on_step=on_step, generator=generator)
+    return replace(done, notes=(*told, *done.notes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Literal, get_args
@@ -113,6 +114,38 @@ def apply_mask(model: nn.Module, mask: Mask) -> nn.Module:
 def removed(mask: HardMask) -> dict[str, int]:
     """Return how many entries the mask cuts, by name."""
     return {name: int((~keep).sum()) for name, keep in mask.keep.items()}
+
+
+def zeros(model: nn.Module) -> WeightMask:
+    """Return what was cut before, as a mask: every weight or bias that is exactly 0, which training by itself leaves none.
+
+    A bias of zeros throughout was never trained, and is not among them.
+    """
+    found = {}
+    for name, parameter in core(model).named_parameters():
+        kind = name.rpartition(".")[2]
+        keep = (parameter.detach() != 0).cpu()
+        if kind in ("weight", "bias") and not bool(keep.all()) and (kind == "weight" or bool(keep.any())):
+            found[name] = keep
+    return WeightMask(found)
+
+
+def joined(model: nn.Module, mask: HardMask | None, before: WeightMask) -> HardMask | None:
+    """Return a mask that cuts what either does; None where there is nothing to cut."""
+    if not before.keep:
+        return mask
+    both = dict(before.keep)
+    for name, keep in (parameter_masks(model, mask) if mask else {}).items():
+        both[name] = keep & both[name].to(keep.device) if name in both else keep
+    return WeightMask(both)
+
+
+def compression(model: nn.Module, mask: HardMask | None) -> float:
+    """Return all parameters over those that a mask leaves, as GAP computes it; infinite where it leaves none."""
+    keeps = parameter_masks(model, mask) if mask else {}
+    total = sum(parameter.numel() for parameter in core(model).parameters())
+    left = total - sum(int((~keep).sum()) for keep in keeps.values())
+    return total / left if left else math.inf
 
 
 def collapsed(mask: HardMask) -> tuple[str, ...]:

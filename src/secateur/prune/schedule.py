@@ -21,6 +21,7 @@ from ..models.weights import check_shapes, shapes_of
 from ..train import OnStep, Recipe
 from ..types import Candidate, Granularity, HardMask, ImageSet, Repaired, Scores, WeightMask
 from .grammar import Score, Sentence, apply_and_heal, prune
+from .mask import zeros
 from .select import Amount, Compression, Count, FixedAmount, Fraction
 
 Pace = Literal["geometric", "cubic", "linear"]
@@ -83,8 +84,8 @@ def prune_in_rounds(
 ) -> Repaired:
     """Cut in rounds: score the network as it is now, cut some more, fine-tune with the mask held, and again.
 
-    What is cut stays cut: in every round it ranks before all else, whatever its score. The last round ends with exactly the
-    amount of the sentence. One round is one-shot pruning, the same as `prune`.
+    What is cut stays cut: in every round it ranks before all else, whatever its score, and so does what is 0 already in the
+    network given. The last round ends with exactly the amount of the sentence. One round is one-shot pruning.
 
     To *rewind* is to go back, once a round's mask is found, and train again from there:
 
@@ -117,6 +118,8 @@ def prune_in_rounds(
     amounts = [amount_at(sentence.amount, (i + 1) / rounds, pace) for i in range(rounds)]
     early = None if rewind is None else _rewound(model, rewind)
     path: list[Candidate] = []
+    before = zeros(model)
+    sentence = replace(sentence, score=_after(sentence, before)) if before.keep else sentence
     healed = Repaired(model, None)
     for i, amount in enumerate(amounts):
         score = sentence.score if healed.mask is None else _after(sentence, _hard(healed.mask))

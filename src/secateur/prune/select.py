@@ -139,7 +139,7 @@ class Ranking:
             raise MethodError("a target compression needs weight scores; use a count or a fraction for channels")
         check_range("total", amount.total, self.size, 2**62)
         most = amount.total / max(amount.total - self.size, 1)
-        check_range("compression", amount.compression, 1, most)
+        check_range("target compression", amount.compression, 1, most)
         return min(self.size, amount.total - round(amount.total / amount.compression))
 
     def _mask(self, flat: Tensor) -> HardMask:

@@ -7,12 +7,16 @@ from collections.abc import Iterator, Sequence
 from .parts import Cell, Record, Section, Table, rate_cell, text_cell
 from .wording import human, percent, plain, rate
 
+SEEN = 1.005  # compression that is more than a few stray zeros
+
 
 def headline(result: Record) -> str:
     """Return what was gained and what it cost."""
     before, after = result["before"], result["after"]
     found = result["details"]["compression"]
-    times = f"{found['times']:.3g} times fewer parameters" if "times" in found else "The same parameters"
+    earlier, now = found.get("times_before", 1), found.get("times", 1)
+    times = f"{now:.3g} times fewer parameters" if now > earlier else "The same parameters"
+    times += f" ({earlier:.3g} before)" if now > earlier >= SEEN else ""
     small = [human(value, "B") for value in found["encoded_bytes"]]
     return (
         f"{times}, {small[0]} to {small[1]} encoded; accuracy {percent(before['accuracy']['value'])} to "

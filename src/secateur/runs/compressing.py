@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from ..compress import Runtime, agreement, encode, export_onnx
+from ..compress.pruning import check_targets
 from ..data.splits import stratified
 from ..errors import MethodError, ModelError, check_range
 from ..measure import TransferMatrix, correct, latency_ms, transfer_matrix, wilson
 from ..measure.adversarial import ThreatModel, craft
 from ..methods import Method, get, parameters, settings
 from ..models import Classifier, quantisation_of
-from ..prune.mask import hard
+from ..prune.mask import compression, hard, joined, zeros
 from ..state import generator
 from ..train import OnNote, OnStep
 from ..types import ImageSet, Repaired, Result
@@ -108,6 +109,7 @@ def compress(
     before = measure(model, measured, None)
     check_better_than_chance(before, measured)
     function, state = row.load(), random.get_state()
+    check_targets(model, [given["target"] for given in (chosen, *others.values()) if "target" in given])
     watchers = {"on_step": on_step, "on_note": on_note}
     watched = {name: watch for name, watch in watchers.items() if name in signature(function).parameters}
 
@@ -115,15 +117,20 @@ def compress(
         tell(f"compressing with {row.name}{told}")
         return function(model, seen, **given, **watched, generator=random)
 
-    start = time.perf_counter()
-    done = compressed(chosen, "")
-    seconds = time.perf_counter() - start
-    networks = {BEFORE: model, AFTER: done.model}
-    for name, given in others.items():
+    made: dict[str, Repaired] = {}
+    seconds = 0.0
+    jobs = {AFTER: chosen, **others}
+    for name in sorted(jobs, key=lambda name: -_strength(jobs[name])):  # what is too much is refused before minutes are spent
         random.set_state(state)
-        networks[name] = compressed(given, f", {name}").model
+        start = time.perf_counter()
+        made[name] = compressed(jobs[name], f", {name}" if name in others else "")
+        seconds = time.perf_counter() - start if name == AFTER else seconds
+    networks = {BEFORE: model, **{name: made[name].model for name in jobs}}
+    done, before_cut = made[AFTER], zeros(model)
     final = done.model
     assert isinstance(final, Classifier)
+    mask = joined(model, hard(done.mask), before_cut)
+    times = compression(model, before_cut), compression(model, mask)
     attacked = measured
     if images < len(measured):
         attacked = measured.subset(stratified(measured.y, [images], generator=generator(seed))[0])
@@ -131,11 +138,11 @@ def compress(
     matrix = _transfer(networks, attacked, eps, seed)
     after = measure(final, measured, None)
     broken = (BROKEN,) if is_chance(after, measured) else ()
-    small = _compression(model, final, measured, matrix, done.log)
+    small = _compression(model, final, measured, matrix, times)
     if others:
         whole = {BEFORE: (before["accuracy"], small["encoded_bytes"][0]), AFTER: (after["accuracy"], small["encoded_bytes"][1])}
         rest = {name: (_share(correct(networks[name], measured)), len(encode(networks[name]))) for name in others}
-        small["choices"] = _choices(whole | rest, matrix, done.log)
+        small["choices"] = _choices(whole | rest, matrix, times[1])
     step = {"method": row.name, "version": row.version, "args": chosen}
     result = Result(
         kind="compress",
@@ -153,17 +160,22 @@ def compress(
         limitations=_limitations(final, test, measured, shared),
         details={
             "compression": {**small, "divergence": _divergence(model, final, attacked, matrix, seed)},
-            "layers": layers_cut(model, done) if hard(done.mask) else [],
+            "layers": layers_cut(model, replace(done, mask=mask)) if mask else [],
             "log": dict(done.log),
             "notes": [*broken, *done.notes],
         },
     )
-    return NetworkRun(final, hard(done.mask), result, step)
+    return NetworkRun(final, mask, result, step)
 
 
 def _not_timed(model: Classifier) -> dict[str, Any]:
     """Return that a quantised network has no time: it computes in floating point what an integer file would."""
     return {"latency_ms": None} if quantisation_of(model) is not None else {}
+
+
+def _strength(given: Mapping[str, Any]) -> float:
+    """Return how much a method is to cut: a target or a share; 0 for one that rounds only."""
+    return given.get("target", given.get("fraction", 0.0))
 
 
 def asked(row: Method, target: float | None, bits: int | None) -> dict[str, Any]:
@@ -214,19 +226,18 @@ def _share(right: torch.Tensor) -> dict[str, Any]:
 
 
 def _choices(
-    measured: Mapping[str, tuple[Mapping[str, Any], int]], matrix: TransferMatrix, log: Mapping[str, float]
+    measured: Mapping[str, tuple[Mapping[str, Any], int]], matrix: TransferMatrix, times: float
 ) -> list[dict[str, Any]]:
     """Return what each choice of a target would leave, the network before first, the one asked for second.
 
     Args:
         measured: Name -> accuracy and encoded bytes.
         matrix: Of all the networks.
-        log: Of the target asked for.
+        times: Compression of the one asked for.
     """
-    made = f"{log['compression']:.3g}x" if "compression" in log else "asked for"
     return [
         {
-            "name": made if name == AFTER else name,
+            "name": f"{times:.3g}x" if name == AFTER else name,
             "encoded_bytes": size,
             "accuracy": accuracy,
             "white_box": _left(matrix, name),
@@ -237,7 +248,7 @@ def _choices(
 
 
 def _compression(
-    before: Classifier, after: Classifier, data: ImageSet, matrix: TransferMatrix, log: Mapping[str, float]
+    before: Classifier, after: Classifier, data: ImageSet, matrix: TransferMatrix, times: tuple[float, float]
 ) -> dict[str, Any]:
     cells = [
         {
@@ -252,8 +263,7 @@ def _compression(
     encoded = [len(encode(model)) for model in (before, after)]
     threat = str(matrix.threat).rpartition(", ")[0]  # what the attacker knows differs from cell to cell
     found = {"threat": threat, "budget": matrix.budget, "transfer": cells, "encoded_bytes": encoded}
-    if "compression" in log:
-        found["times"] = log["compression"]
+    found |= dict(zip(("times_before", "times"), times, strict=True))
     quantisation = quantisation_of(after)
     if quantisation is not None and quantisation.activation_bits == 8:
         found["runtime"] = _runtime(before, after, data)

@@ -16,11 +16,9 @@ from ..attack import diva, mi_fgsm
 from ..attack.ball import Norm
 from ..attack.network import Forward
 from ..errors import MethodError, ModelError, unknown
-from ..measure.adversarial import Bound, bind, store
+from ..measure.adversarial import Bound, answers_of, bind, logits_of, store
 from ..methods import Method, get, parameters, settings
 from ..prune.edits import adaptives
-from ..state import evaluating
-from ..types import to_float
 
 # Two losses, because large logits blind cross-entropy, and Square, which needs no gradient. None drops broken images: points
 # that only just break one rarely survive as 8-bit files, and rates as stored would say nothing.
@@ -137,7 +135,7 @@ def adaptive_attack(row: Method, given: Mapping[str, Any]) -> Bound:
             extra = {} if forward is None else {"forward": forward}
             return attack(model, x, y, **given, **extra, generator=generator)
 
-        return _first(x, _needed(row, adaptives(model)).values(), made, lambda points: model(points).argmax(dim=1) != y)
+        return _first(x, _needed(row, adaptives(model)).values(), made, lambda points: _answers(model, points) != y)
 
     bound = bind(attack, **settings(row, given)).settings
     return Bound(run, {name: value for name, value in bound.items() if name != "forward"})
@@ -148,8 +146,11 @@ def divergence_attack(original: nn.Module, given: Mapping[str, Any]) -> Bound:
 
     Args:
         original: The network that is to stay right.
-        given: Settings of `attack.diva`; the rest are defaults.
+        given: Settings of `attack.diva`; the rest are defaults, but that its steps reach any budget.
     """
+    own = bind(diva).settings
+    reach = 2.5 * given.get("eps", own["eps"]) / given.get("steps", own["steps"])
+    given = {"step_size": max(own["step_size"], reach), **given}
 
     @wraps(diva)
     def run(model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, **given: Any) -> Tensor:
@@ -157,10 +158,9 @@ def divergence_attack(original: nn.Module, given: Mapping[str, Any]) -> Bound:
             return diva(model, x, y, original=original, **given, forward=forward, generator=generator)
 
         def apart(points: Tensor) -> Tensor:
-            return (original(points).argmax(dim=1) == y) & (model(points).argmax(dim=1) != y)
+            return (_answers(original, points) == y) & (_answers(model, points) != y)
 
-        with evaluating(original):
-            return _first(x, adaptives(model).values(), made, apart)
+        return _first(x, adaptives(model).values(), made, apart)
 
     hidden = ("forward", "original")
     return Bound(run, {name: value for name, value in bind(diva, **given).settings.items() if name not in hidden})
@@ -177,11 +177,15 @@ def _first(
     for forward in forwards:
         points = made(forward)
         found = torch.where(done[:, None, None, None], found, points)
-        with torch.no_grad():
-            done |= reached(to_float(store(original, points)))
+        done |= reached(store(original, points))
         if bool(done.all()):
             break
     return found
+
+
+def _answers(model: nn.Module, points: Tensor) -> Tensor:
+    """Return the class that a network, on whatever device, gives each of the images, on theirs."""
+    return answers_of(logits_of(model, points, 1))
 
 
 def _spelt(name: str) -> str:
