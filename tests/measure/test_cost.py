@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.measure import cost
+from secateur.measure import cost, latencies_ms
 from secateur.models import Classifier, build
 from secateur.prune import apply_mask
 from secateur.types import WeightMask
@@ -77,3 +77,12 @@ def test_hooks_go_when_the_network_fails(tiny):
     with pytest.raises(RuntimeError):
         cost(model, (7, 12, 12))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_networks_take_turns(tiny):
+    order = []
+    one, two = tiny(), tiny(1)
+    for name, model in (("one", one), ("two", two)):
+        model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    assert len(latencies_ms([one, two], (1, 12, 12), repeats=3)) == 2
+    assert order == ["one", "two"] * 5

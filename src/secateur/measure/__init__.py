@@ -3,7 +3,7 @@
 from .accuracy import Evaluation, correct, evaluate, predict
 from .adversarial import Bound, Crafted, ThreatModel, bind, craft
 from .before_after import Grid, StageWeights, WeightShift, image_grid, stage_weights, weight_study
-from .cost import Cost, cost, latency_ms
+from .cost import Cost, cost, latencies_ms, latency_ms
 from .intervals import paired_p, wilson
 from .layer_study import Histogram, Mean, StageShift, layer_study
 from .robustness import Outcomes, Rates, Robustness, robustness, robustness_curve
@@ -38,6 +38,7 @@ __all__ = [
     "craft",
     "evaluate",
     "image_grid",
+    "latencies_ms",
     "latency_ms",
     "layer_study",
     "paired_p",

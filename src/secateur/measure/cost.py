@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..models import core
-from ..state import evaluating
+from ..state import evaluating, threads
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Cost:
         size_bytes: Bytes of all tensors in the state dict, as a dense file stores them. A bundle keeps quantised weights as
             float32, so that this is the size before quantisation, too; `secateur.compress.encode` tells the smaller one.
         macs: Multiply-accumulates of the convolutions and linear layers for one image.
-        latency_ms: Median time of a batch of one, in milliseconds; None when it was not measured.
+        latency_ms: Median time of a batch of one on one thread, in milliseconds; None when it was not measured.
     """
 
     parameters: int
@@ -79,20 +81,33 @@ def _macs(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
 
 
 def latency_ms(model: nn.Module, input_shape: tuple[int, int, int], *, repeats: int = 10) -> float:
-    """Return the median time of a batch of one, in milliseconds, after two that are not counted.
+    """Return the median time of a batch of one, in milliseconds, on one thread; see `latencies_ms`."""
+    [found] = latencies_ms([model], input_shape, repeats=repeats)
+    return found
+
+
+def latencies_ms(models: Sequence[nn.Module], input_shape: tuple[int, int, int], *, repeats: int = 10) -> list[float]:
+    """Return the median time of a batch of one in each network, in milliseconds, after two rounds that are not counted.
+
+    The networks take turns, on one thread, so that what else the machine does slows all of them alike.
 
     Args:
-        model: A network, or a `secateur.compress.Runtime`; left as it was.
+        models: Networks, or `secateur.compress.Runtime`s; left as they were.
         input_shape: Shape of one image, ``(c, h, w)``.
-        repeats: How often to time it, >= 1.
+        repeats: How often to time each, >= 1.
     """
-    image = _image(model, input_shape)
-    times = []
-    with evaluating(model), torch.inference_mode():
+    images = [_image(model, input_shape) for model in models]
+    times: list[list[float]] = [[] for _ in models]
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(threads(1))
         for _ in range(repeats + 2):
-            start = time.perf_counter()
-            model(image)
-            if image.is_cuda:
-                torch.cuda.synchronize()
-            times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[2:])
+            for model, image, own in zip(models, images, times, strict=True):
+                start = time.perf_counter()
+                model(image)
+                if image.is_cuda:
+                    torch.cuda.synchronize()
+                own.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(own[2:]) for own in times]

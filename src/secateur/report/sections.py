@@ -112,7 +112,7 @@ COSTS: Mapping[str, tuple[str, Callable[[float | None], Cell]]] = {
     "nonzero": ("Non-zero parameters", number_cell),
     "size_bytes": ("Size", _size),
     "macs": ("Multiply-accumulates", _work),
-    "latency_ms": ("Time per image", _latency),
+    "latency_ms": ("Time per image, one thread", _latency),
 }
 
 

@@ -17,7 +17,7 @@ from ..compress import Runtime, agreement, encode, export_onnx
 from ..compress.pruning import check_targets
 from ..data.splits import stratified
 from ..errors import MethodError, ModelError, check_range
-from ..measure import TransferMatrix, correct, latency_ms, transfer_matrix, wilson
+from ..measure import TransferMatrix, correct, latencies_ms, latency_ms, transfer_matrix, wilson
 from ..measure.adversarial import ThreatModel, craft
 from ..methods import Method, get, parameters, settings
 from ..models import Classifier, quantisation_of
@@ -30,6 +30,7 @@ from .records import (
     NetworkRun,
     check_better_than_chance,
     check_fit,
+    compare,
     describe,
     environment,
     inputs,
@@ -136,7 +137,7 @@ def compress(
         attacked = measured.subset(stratified(measured.y, [images], generator=generator(seed))[0])
     tell(f"attacking {len(attacked):,} images with {len(networks)} networks")
     matrix = _transfer(networks, attacked, eps, seed)
-    after = measure(final, measured, None)
+    before, after = compare(before, model, final, measured, None)
     broken = (BROKEN,) if is_chance(after, measured) else ()
     small = _compression(model, final, measured, matrix, times)
     if others:
@@ -279,17 +280,13 @@ def _runtime(before: Classifier, after: Classifier, data: ImageSet) -> dict[str,
             found = agreement(after, runtime, data)
         except ModelError as error:
             return {"why": str(error)}
-        told = {
-            "bytes": file.size_bytes,
-            "agreement": asdict(found.same),
-            "accuracy": asdict(found.runtime),
-            "latency_ms": latency_ms(runtime, data.shape, repeats=LATENCY),
-        }
+        told = {"bytes": file.size_bytes, "agreement": asdict(found.same), "accuracy": asdict(found.runtime)}
         try:
             whole = Runtime(export_onnx(before, Path(folder) / "before.onnx").path)
         except ModelError:
-            return told
-        return {**told, "latency_ms_before": latency_ms(whole, data.shape, repeats=LATENCY)}
+            return {**told, "latency_ms": latency_ms(runtime, data.shape, repeats=LATENCY)}
+        own, other = latencies_ms([runtime, whole], data.shape, repeats=LATENCY)
+        return {**told, "latency_ms": own, "latency_ms_before": other}
 
 
 def _limitations(model: Classifier, test: ImageSet | None, measured: ImageSet, shared: int) -> list[str]:

@@ -17,11 +17,12 @@ from torch import Tensor
 from .. import __version__
 from ..data import count_shared, holdout
 from ..errors import DataError, InconclusiveError, ModelError
-from ..measure import Evaluation, Visibility, cost, evaluate, visibility
+from ..measure import Evaluation, Visibility, cost, evaluate, latencies_ms, visibility
 from ..models import Classifier
 from ..types import HardMask, ImageSet, Rate, Result, Trigger, to_float
 
 HOLDOUT = 0.2
+TIMED = 20  # images, one by one
 SEEN = 1000  # images on which a trigger's visibility is measured
 
 
@@ -46,7 +47,19 @@ def measure(model: Classifier, data: ImageSet, trigger: Trigger | None) -> dict[
     """Return the ``before`` or ``after`` part of a record."""
     rates = evaluate(model, data, trigger=trigger)
     numbers = {name: rate_of(getattr(rates, name)) for name in Evaluation.__dataclass_fields__}
-    return {**numbers, "adversarial_accuracy": None, **asdict(cost(model, data.shape, repeats=10))}
+    return {**numbers, "adversarial_accuracy": None, **asdict(cost(model, data.shape, repeats=TIMED))}
+
+
+def compare(
+    before: Mapping[str, Any], model: Classifier, final: Classifier, data: ImageSet, trigger: Trigger | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the ``before`` and ``after`` parts of a record.
+
+    ``before`` is what `measure` returned of ``model``, ``after`` what it does of ``final``. Both networks are timed anew, in
+    turns: between the two the machine may have become busier.
+    """
+    own, other = latencies_ms([model, final], data.shape, repeats=TIMED)
+    return {**before, "latency_ms": own}, measure(final, data, trigger) | {"latency_ms": other}
 
 
 def check_fit(model: Classifier, data: ImageSet) -> None:

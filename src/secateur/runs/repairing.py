@@ -23,6 +23,7 @@ from .records import (
     NetworkRun,
     check_better_than_chance,
     check_fit,
+    compare,
     describe,
     environment,
     inputs,
@@ -100,6 +101,7 @@ def repair(
     final, removal, checks = _remove(repaired, measured)
     mask = (removal.mask if removal.mask.keep else None) if removal else hard(repaired.mask)
     step = {"method": row.name, "version": row.version, "args": chosen}
+    before, after = compare(before, model, final, measured, trigger)
     result = Result(
         kind="repair",
         created=now(),
@@ -110,7 +112,7 @@ def repair(
         data={"clean": describe(seen), "test": describe(measured), **({"suspect": describe(suspect)} if suspect else {})},
         method={"name": row.name, "version": row.version, "args": chosen, "seed": seed},
         before=before,
-        after=measure(final, measured, trigger),
+        after=after,
         cost={"seconds": seconds},
         checks=checks,
         findings=list((model.origin or {}).get("findings", ())),

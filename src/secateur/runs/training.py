@@ -22,7 +22,7 @@ from ..recipe import Recipe
 from ..state import generator, seeded
 from ..train import OnStep
 from ..types import ImageSet, Poisoning, Result, Trigger
-from .records import check_fit, describe, environment, measure, now, picture, tool
+from .records import check_fit, compare, describe, environment, measure, now, picture, tool
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +104,7 @@ def train(
         details = {"backdoor": attack, "trigger": picture(shown, measured)}
     if test is None:
         limitations.append("No test images were given: accuracy is that on the training images, and optimistic.")
+    before, after = compare(measure(untrained, measured, shown), untrained, model, measured, shown)
     result = Result(
         kind="train",
         created=now(),
@@ -113,8 +114,8 @@ def train(
         inputs=[],
         data={"train": describe(images), "test": describe(measured)},
         method={"name": arch, "version": 1, "args": {**recipe.settings(), **(kwargs or {})}, "seed": seed},
-        before=measure(untrained, measured, shown),
-        after=measure(model, measured, shown),
+        before=before,
+        after=after,
         cost={"seconds": seconds},
         limitations=limitations,
         details=details,
