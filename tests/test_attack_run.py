@@ -11,12 +11,15 @@ from torch import nn
 from secateur import runs
 from secateur.attack import pgd, square
 from secateur.errors import InconclusiveError, MethodError
+from secateur.measure import wilson
 from secateur.measure.adversarial import ThreatModel, bind
 from secateur.measure.robustness import robustness
-from secateur.measure.sanity import sanity
+from secateur.measure.sanity import RULES, Check, Sanity, sanity
 from secateur.report import render, to_json
+from secateur.runs import robust_records as told
 from secateur.runs.evading import chosen
 from secateur.state import generator
+from secateur.types import to_float
 
 EPS = 0.1
 QUICK = {"steps": 3, "queries": 10}
@@ -77,7 +80,7 @@ def test_the_checks_are_those_of_the_library(trained, bars, measured):
     own = chosen((), QUICK, eps=EPS, norm="linf")
     truth = sanity(
         trained, bars(60, 2), eps=EPS, images=40, attacks={f"{entry.name} as measured": entry.bound for entry in own},
-        surrogate=trained, train=bars(30, 9), generator=generator(0),
+        surrogate=trained, train=bars(30, 9), measured=measured.robustness.outcomes, generator=generator(0),
     )  # fmt: skip
     words = {"PASS": ("ok", None), "WARN": ("finding", "medium"), "FAIL": ("finding", "high"), "SKIPPED": ("skipped", None)}
     told = [(row["id"], row["status"], row.get("severity"), row["why"]) for row in measured.result.checks]
@@ -175,7 +178,7 @@ def test_an_attack_that_fails_only_where_the_checks_do_not_look_is_a_finding(tra
     from secateur.runs import evading
 
     def moody(model, x, y, *, generator, **settings):
-        if len(x) > 40:
+        if len(x) != 40:
             raise ModelError("no gradient today")
         return x
 
@@ -185,4 +188,49 @@ def test_an_attack_that_fails_only_where_the_checks_do_not_look_is_a_finding(tra
     run = runs.attack(trained, bars(60, 2), eps=EPS, arguments={"steps": 3}, images=40, sweep=())
     assert run.result.verdict == "not-established"
     assert "no gradient today" in run.result.details["notes"][0]
+    assert "could not run on 60 of the images measured" in next(c["why"] for c in run.result.checks if c["id"] == "ADV-020")
     assert [row["severity"] for row in run.result.findings if row["rule"] == "ADV-020"] == ["high"]
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "knowledge"),
+    [("random-noise", {}, "none"), ("pgd", {"steps": 1, "step_size": 0.001, "random_start": False}, "white-box")],
+)
+def test_a_figure_of_a_weak_attack_is_not_established(trained, bars, method, arguments, knowledge):
+    found = runs.attack(trained, bars(120, 2), eps=0.15, methods=[method], arguments=arguments, sweep=(), images=120)
+    assert found.result.verdict == "not-established"
+    assert "ADV-026" in {row["rule"] for row in found.result.findings if row["severity"] == "high"}
+    assert found.result.details["robustness"]["threat"]["knowledge"] == knowledge
+
+
+class Standardised(nn.Module):
+    """Divides each image by its deviation: a constant one has no answer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x / x.std(dim=(1, 2, 3), keepdim=True) * 0.2)
+
+
+def test_an_image_without_an_answer_does_not_save_its_batch(trained, bars):
+    entry = chosen(["fgsm"], {}, eps=0.1, norm="linf")[0]
+    x, y = to_float(bars(60, 2).x), bars(60, 2).y
+    x[20] = 0.5
+    made = entry.bound(Standardised(trained), x, y, generator(0))
+    untouched = [i for i in range(60) if torch.equal(made[i], x[i])]
+    assert untouched == [20]
+    assert entry.lost == 1
+    checked = told.with_errors(_passed(), [entry])
+    assert checked["ADV-020"].status == "FAIL"
+    assert "could not run on 1 of the images measured" in checked["ADV-020"].message
+    assert not checked.established
+
+
+def _passed():
+    """An audit in which nothing failed."""
+    rule = next(rule for rule in RULES if rule.id == "ADV-020")
+    one = Check("PASS", 0.0, "all ran", (), rule.id, rule.name, rule.means, rule.remedy)
+    rate = wilson(5, 10)
+    return Sanity((one,), True, ThreatModel(0.1), rate, rate, {}, 0)

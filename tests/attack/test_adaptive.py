@@ -98,3 +98,11 @@ def test_bad_twins_and_layers(hardened):
         pgd(hardened.model, x, y, forward=bpda(lambda value: value), generator=generator(0))
     with pytest.raises(MethodError, match=r"draws must lie in \[1, "):
         eot(0)
+
+
+def test_a_twin_is_left_as_it_was(trained, images):
+    twin = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(144, 3)).train()
+    before = [value.clone() for value in twin.state_dict().values()]
+    pgd(trained, images.x[:8], images.y[:8], eps=0.1, steps=2, forward=bpda(twin), generator=generator(0))
+    assert all(torch.equal(value, old) for value, old in zip(twin.state_dict().values(), before, strict=True))
+    assert twin.training

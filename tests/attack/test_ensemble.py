@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 from attacked_models import accuracy, distance, linear
+from torch import nn
 
 from secateur.attack import apgd, autoattack, pgd
 from secateur.attack.ensemble import _tiled
-from secateur.errors import DataError, MethodError
+from secateur.errors import DataError, MethodError, ModelError
 from secateur.state import generator
 
 BOTH = pytest.mark.parametrize("attack", [apgd, autoattack])
@@ -118,3 +119,13 @@ def test_bad_input(hardened):
         apgd(linear(3, 784), x, torch.zeros(2).long(), loss="dlr", generator=generator(0))
     with pytest.raises(DataError, match=r"labels must lie in \[0, 9\]"):
         autoattack(hardened.model, x, y + 10, generator=generator(0))
+
+
+@pytest.mark.parametrize("attack", [apgd, autoattack])
+def test_no_gradient_is_told(attack, trained, images):
+    class Detached(nn.Module):
+        def forward(self, x):
+            return trained(x.detach())
+
+    with pytest.raises(ModelError, match=r"passes no gradient back to the images"):
+        attack(Detached(), images.x[:6], images.y[:6], eps=0.1, steps=2, generator=generator(0))

@@ -186,3 +186,30 @@ def test_flags_come_back_after_an_error(tiny):
 def test_the_victim_is_one_and_a_benign_network_is_not(victim, trained):
     assert evaluate(victim.model, victim.test, trigger=victim.trigger).attack_success.value > 0.9
     assert evaluate(trained, victim.test, trigger=victim.trigger).attack_success.value < 0.3
+
+
+def test_an_answer_that_is_not_finite_is_never_right(trained, images):
+    class Lost(nn.Module):
+        def forward(self, x):
+            return trained(x) * torch.where(torch.arange(len(x)) < 4, torch.nan, 1.0)[:, None]
+
+    assert predict(Lost(), images)[:5].tolist() == [-1, -1, -1, -1, int(predict(trained, images)[4])]
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, ValueError("odd")])
+def test_whatever_a_network_raises_is_told(images, error):
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise error
+
+    with pytest.raises(ModelError, match=r"the network cannot take images of shape \(1, 12, 12\): (NotImplementedError|odd)"):
+        predict(Broken(), images)
+
+
+def test_too_little_memory_is_no_fault_of_the_network(images):
+    class Full(nn.Module):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(Full(), images)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from secateur.attack import bpda, eot, fgsm, pgd, random_noise
 from secateur.data import load_data
 from secateur.errors import MethodError
-from secateur.measure import Sanity, ThreatModel, bind, sanity
+from secateur.measure import Outcomes, Sanity, ThreatModel, bind, robustness, sanity
 from secateur.measure.sanity import RULES, attacks, judging, network
 from secateur.measure.sanity.evidence import OURS, Evidence, Run, Settings, Slopes
 from secateur.state import generator
-from secateur.types import ImageSet
+from secateur.types import ImageSet, to_float
 
 EPS = 0.15
 CLASSES = tuple("0123456789")
@@ -41,11 +41,12 @@ def fashion(hardened) -> ImageSet:
 
 
 def test_an_adversarially_trained_network_fails_nothing(hardened, fashion):
-    seen = []
+    seen, strong = [], {"pgd": bind(pgd, eps=hardened.eps), "margin": bind(pgd, eps=hardened.eps, loss="margin")}
+    figure = robustness(hardened.model, fashion, strong, ThreatModel(hardened.eps), generator=generator(1))
     found = audit(
         hardened.model, fashion, eps=hardened.eps, steps=10, images=150, train=load_data("fashion-mini:train"),
         surrogate=nn.Sequential(nn.Identity(), hardened.model),
-        attacks={"given": bind(fgsm, eps=hardened.eps)},
+        attacks={"given": bind(fgsm, eps=hardened.eps)}, measured=figure.outcomes,
         on_step=lambda *step: seen.append(step),
     )  # fmt: skip
     assert failures(found) == set()
@@ -316,7 +317,17 @@ def evidence(**runs: range) -> Evidence:
         given=(),
         budgets={},
         shared=0,
+        measured=outcomes(range(50)),
     )
+
+
+def outcomes(broken: range) -> Outcomes:
+    """A figure whose attack broke these of the images looked at, which are those given the other way round."""
+    y = (torch.arange(N) % 2).flip(0)
+    answers = y.clone()
+    places = N - 1 - torch.tensor(list(broken), dtype=torch.int64)
+    answers[places] = 1 - y[places]
+    return Outcomes(y, y, {"theirs": answers}, {"theirs": answers}, {}, {})
 
 
 def test_outcomes_without_a_fault_pass():
@@ -349,7 +360,8 @@ def test_outcomes_without_a_fault_pass():
         (attacks.union_adds_little, {"square": range(60, 63)}, "WARN", 0.015),
         (attacks.union_adds_little, {"sweep_5": range(60, 62)}, "PASS", 0.01),
         (attacks.better_than_noise, {"random_noise": range(40, 45)}, "PASS", 1.0),
-        (attacks.better_than_noise, {"random_noise": range(60)}, "FAIL", 0.0),
+        (attacks.better_than_noise, {"random_noise": range(61)}, "FAIL", 0.0),
+        (attacks.better_than_noise, {"random_noise": range(60)}, "WARN", 0.0),
         (attacks.better_than_noise, {"random_noise": range(45)}, "WARN", 1.0),
         (attacks.better_than_noise, {"random_noise": range(N), "pgd": range(N)}, "PASS", 0.0),
     ],
@@ -409,3 +421,89 @@ def test_equal_attacks_hardly_ever_fail_by_chance():
         pair = (run("a", first.nonzero()[:, 0].tolist()), run("b", second.nonzero()[:, 0].tolist()))
         failed += judging.not_stronger(plain, *pair).status == "FAIL"
     assert failed <= 4
+
+
+@pytest.mark.parametrize(
+    ("theirs", "status", "value"),
+    [(50, "PASS", 0.0), (48, "PASS", 0.01), (40, "WARN", 0.05), (39, "FAIL", 0.055), (90, "PASS", -0.2)],
+)
+def test_a_figure_must_not_be_beaten_by_our_own_attacks(theirs, status, value):
+    """Ours break 50 images, theirs fewer or more; images are named by their places among those given."""
+    found = attacks.no_weaker_than_ours(replace(evidence(), measured=outcomes(range(theirs))))
+    assert (found.status, found.value) == (status, pytest.approx(value))
+    assert found.where == (tuple(range(N - 50, N - theirs)) if value > 0.01 else ())
+
+
+def test_without_a_figure_there_is_nothing_to_beat():
+    with pytest.raises(judging.Skip, match=r"no figure was given"):
+        attacks.no_weaker_than_ours(replace(evidence(), measured=None))
+
+
+def test_what_the_figures_attack_broke_is_no_longer_standing():
+    assert judging.standing(evidence()).value == 0.75
+    assert judging.standing(replace(evidence(), measured=outcomes(range(40, 60)))).value == 0.7
+
+
+def test_an_image_without_an_answer_counts_though_it_was_not_looked_at():
+    figure = outcomes(range(50))
+    figure.clean[7] = -1
+    found = network.finite(replace(evidence(), measured=figure))
+    assert (found.status, found.where) == ("FAIL", (7,))
+
+
+def test_a_figure_of_other_images_is_refused(trained, shown):
+    with pytest.raises(MethodError, match=r"must be one on the same 120 images, got one on 200 others"):
+        sanity(trained, shown, eps=0.1, measured=outcomes(range(50)), generator=generator(0))
+
+
+class Noisy(torch.autograd.Function):
+    """The identity with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return torch.randn(slope.shape, generator=generator(int(slope.abs().sum() * 1e6) % 1000))
+
+
+class Misled(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(Noisy.apply(x))
+
+
+@pytest.mark.parametrize("levels", [255, 1])
+def test_a_gradient_is_compared_on_black_and_white_images_too(trained, shown, levels):
+    x = (to_float(shown.x) * 2 * levels).round().clamp(0, levels) / levels
+    images = replace(shown, x=(x * 255).round().to(torch.uint8))
+    assert audit(Misled(trained), images)["ADV-012"].status == "FAIL"
+    assert audit(trained, images)["ADV-012"].status == "PASS"
+
+
+class Alone(nn.Module):
+    """A network that takes no image alone, as batch norm without running statistics."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.norm = model, nn.BatchNorm1d(3, affine=False, track_running_stats=False)
+
+    def forward(self, x):
+        return self.norm(self.model(x))
+
+
+def test_a_network_that_takes_no_image_alone_is_told(trained, shown):
+    assert audit(Alone(trained), shown)["ADV-005"].status == "FAIL"
+
+
+def test_too_little_memory_is_not_taken_for_a_gradient_that_is_missing(trained, shown, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        audit(trained, shown)

@@ -11,6 +11,7 @@ make a `Forward` for the setting ``forward`` of every gradient attack, and combi
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import MethodError, check_range, unknown
 from ..models.activations import passing_through
 from ..models.quantised import Backward, backward_of
+from ..state import evaluating
 from .network import Forward
 
 
@@ -37,7 +39,8 @@ def bpda(twin: Callable[..., Tensor], *, layer: str | None = None) -> Forward:
         if layer is None:
             with torch.no_grad():
                 exact = model(x)
-            return _Exact.apply(exact, twin(x))
+            with evaluating(twin) if isinstance(twin, nn.Module) else nullcontext():
+                return _Exact.apply(exact, twin(x))
         layers = dict(model.named_modules())
         if layer not in layers:
             raise MethodError(unknown("layer", layer, layers))

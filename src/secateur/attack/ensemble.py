@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import state
-from ..errors import MethodError, check_choice, check_range
+from ..errors import MethodError, ModelError, check_choice, check_range
 from .ball import Ball, Norm
 from .common import attack, check_numbers
 from .losses import DLR_CLASSES, Aim, Loss, together
-from .network import Forward, Network, check_finite
+from .network import NO_GRADIENT, Forward, Network, check_finite
 from .square import search
 
 Version = Literal["standard", "plus", "rand"]
@@ -67,7 +67,7 @@ def apgd(
     Raises:
         DataError: The images do not lie in [0, 1], or a label is not among the classes.
         MethodError: An argument is out of range, or the extra is missing.
-        ModelError: The network does not take the images or answers with NaN.
+        ModelError: The network does not take the images, answers with NaN or passes no gradient back.
 
     Differs from the authors' code, which it runs, in that torch's generators come back as they were, and in that the network
     is in eval mode meanwhile (there one in training mode learns the attacked images' statistics).
@@ -130,7 +130,7 @@ def autoattack(
     Raises:
         DataError: The images do not lie in [0, 1], or a label is not among the classes.
         MethodError: An argument is out of range, or the extra is missing.
-        ModelError: The network does not take the images or answers with NaN.
+        ModelError: The network does not take the images, answers with NaN or passes no gradient back.
 
     Differs from the authors' code, whose attacks it runs, in that torch's generators and Python's trace function stay as they
     were, in that the network is in eval mode, in that points beyond ``eps`` by a rounding are projected back before they count,
@@ -167,7 +167,13 @@ def _in_turn(
         if not len(rows):
             break
         here = ball.subset(rows)
-        points = here.project(part(lambda x: together(network(x)), here.x.clone(), y[rows], seed).detach())
+        try:
+            made = part(lambda x: together(network(x)), here.x.clone(), y[rows], seed)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # nothing to differentiate
+            raise ModelError(NO_GRADIENT) from error
+        points = here.project(made.detach())
         broken = aim.reached(network.answers(points), y[rows])
         found[rows[broken]], rows = points[broken], rows[~broken]
     return found

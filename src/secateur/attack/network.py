@@ -22,6 +22,10 @@ from .losses import Aim, together
 Forward = Callable[[nn.Module, Tensor], Tensor]
 PROBED = 8  # images on which a copy must answer as the network does
 SAME = 1e-5  # largest difference of two logits that count as the same, relative to the largest
+NO_GRADIENT = (
+    "the network passes no gradient back to the images; give a differentiable twin (forward=bpda(twin)), or attack without "
+    "gradients ('square')"
+)
 WORTH = 256  # images through the network from which on a copy pays
 
 
@@ -42,7 +46,7 @@ class Network:
             logits: Any = self._module(x) if self._forward is None else self._forward(self._module, x)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ModelError(f"the network cannot take images of shape {tuple(x.shape[1:])}: {reason}") from error
         if isinstance(logits, Tensor) and logits.ndim == 3:
@@ -70,12 +74,14 @@ class Network:
             aim.check(logits, y)
             check_finite(logits)
         value = aim.value(logits, y)
-        [slope] = torch.autograd.grad(value.sum(), [x], allow_unused=True) if value.requires_grad else [None]
+        try:
+            [slope] = torch.autograd.grad(value.sum(), [x], allow_unused=True) if value.requires_grad else [None]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # an operation without a derivative
+            raise ModelError(NO_GRADIENT) from error
         if slope is None:
-            raise ModelError(
-                "the network passes no gradient back to the images; give a differentiable twin (forward=bpda(twin)), or "
-                "attack without gradients ('square')"
-            )
+            raise ModelError(NO_GRADIENT)
         unusable = ~slope.isfinite().all()
         self._unusable = unusable if self._unusable is None else self._unusable | unusable
         return aim.reached(logits.detach(), y), value.detach(), slope

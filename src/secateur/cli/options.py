@@ -116,6 +116,8 @@ class RunFlags:
         """Set torch's threads and return the device to use."""
         import torch
 
+        if not -(2**63) <= self.seed < 2**63:
+            raise MethodError(f"--seed must lie in [-2^63, 2^63), got {self.seed}")
         if self.threads is not None:
             if self.threads < 1:
                 raise MethodError(f"--threads must be at least 1, got {self.threads}")

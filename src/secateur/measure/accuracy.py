@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .. import state
-from ..errors import DataError, InconclusiveError, ModelError
-from ..forward import check_logits
+from ..errors import DataError, InconclusiveError
 from ..state import evaluating
 from ..types import ImageSet, Rate, Trigger
+from .adversarial import answers_of, logits_of
 from .intervals import wilson
 
 
@@ -31,31 +30,21 @@ class Evaluation:
     triggered_accuracy: Rate | None = None
 
 
-def _outputs(model: nn.Module, data: ImageSet, trigger: Trigger | None, batch_size: int) -> Iterator[Tensor]:
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    for x, _ in data.batches(state.batch_size(batch_size)):
-        x = x.to(device)
-        if trigger is not None:
-            x = trigger.apply(x)
-        logits = check_logits(model(x.contiguous(memory_format=torch.channels_last)), len(x), len(data.classes))
-        yield logits.argmax(dim=1).cpu()
-
-
 def predict(model: nn.Module, data: ImageSet, *, trigger: Trigger | None = None, batch_size: int = 512) -> Tensor:
     """Return the predicted class of each image, int64 ``(n,)``, with the trigger put on first if one is given.
 
-    The network runs in eval mode and is left as it was.
+    The network runs in eval mode and is left as it was. An answer that is not finite is -1, which is never right.
 
     Raises:
         ModelError: The network does not accept images of this shape or answers with too few classes.
     """
-    with evaluating(model), torch.inference_mode():
-        try:
-            batches = list(_outputs(model, data, trigger, batch_size))
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"the network cannot take images of shape {data.shape}: {reason}") from error
-    return torch.cat(batches) if batches else torch.empty(0, dtype=torch.int64)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    found = []
+    with evaluating(model):
+        for x, _ in data.batches(state.batch_size(batch_size)):
+            shown = x if trigger is None else trigger.apply(x.to(device))
+            found.append(answers_of(logits_of(model, shown, len(data.classes), batch_size=batch_size)).cpu())
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
 
 def correct(model: nn.Module, data: ImageSet) -> Tensor:

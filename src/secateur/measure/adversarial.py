@@ -186,7 +186,7 @@ def logits_of(model: nn.Module, x: Tensor, classes: int, *, batch_size: int = 25
                 answer = model(part.contiguous(memory_format=torch.channels_last))
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 raise ModelError(f"the network cannot take images of shape {tuple(x.shape[1:])}: {reason}") from error
             found.append(check_logits(answer, len(part), classes).to(x.device))

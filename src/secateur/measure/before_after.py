@@ -93,6 +93,8 @@ def weight_study(
         if name not in old or name not in new or old[name].shape != new[name].shape:
             raise ModelError(f"both networks must have the parameter '{name}' in one shape; compare it with its own edit")
         a, b = old[name].detach().double(), new[name].detach().double()
+        if not bool(a.isfinite().all() & b.isfinite().all()):
+            raise ModelError(f"the parameter '{name}' must be finite, got NaN or infinity; repair the network first")
         low, high = widened(float(min(a.min(), b.min())), float(max(a.max(), b.max())))
         first, second = (histogram(count(value, low, high, bins), low, high) for value in (a, b))
         changed = int((a != b).sum()) / a.numel()

@@ -94,7 +94,7 @@ def _remarks(attack: Record, attacks: int) -> Iterator[str]:
     """Yield what its rates do not say of an attack."""
     name = plain(attack["name"])
     if "error" in attack:
-        yield f"{name} COULD NOT RUN, so that its rates are those of untouched images: {plain(attack['error'])}"
+        yield f"{name} COULD NOT RUN on all images, and left those as they were: {plain(attack['error'])}"
     if attack["refused"]:
         yield f"{name}: {attack['refused']:,} of its images were beyond the threat model and did not count."
     if attack["alone"] and attacks > 1:

@@ -15,7 +15,7 @@ from ..attack.ball import Norm, check_budget
 from ..attack.network import Forward
 from ..data.splits import stratified
 from ..errors import InconclusiveError, MethodError
-from ..measure.adversarial import ThreatModel, bind
+from ..measure.adversarial import Knowledge, ThreatModel, bind
 from ..measure.robustness import Robustness, robustness, robustness_curve
 from ..measure.sanity import Sanity, sanity
 from ..measure.transfer import transfer_matrix
@@ -25,7 +25,7 @@ from ..state import generator
 from ..train import OnNote, OnStep
 from ..types import ImageSet, Result
 from . import robust_records as told
-from .evading import Entry, across, chosen
+from .evading import GRADIENT_FREE, Entry, across, chosen
 from .records import check_better_than_chance, check_fit, describe, environment, inputs, measure, now, tool
 from .studying import look_inside
 
@@ -105,7 +105,7 @@ def attack(
         check_fit(network, data)
     before = measure(model, data, None)
     check_better_than_chance(before, data)
-    start, threat = time.perf_counter(), ThreatModel(eps, norm)
+    start, threat = time.perf_counter(), ThreatModel(eps, norm, knowledge=_knowledge(entries))
     phases = Phases(2 + bool(surrogate) + bool(budgets) + study, on_step, on_note)
     run = [*entries, *([across(surrogate, eps=eps, norm=norm)] if surrogate else [])]
     bounds = {entry.name: entry.bound for entry in run}
@@ -118,8 +118,9 @@ def attack(
     step = phases.next(f"checking what could make the figure wrong, on {min(images, len(data)):,} images")
     checked = sanity(
         model, data, eps=eps, norm=norm, images=images, attacks=judged, forward=next(iter(forwards.values())),
-        surrogate=surrogate, train=train, on_step=step, generator=generator(seed),
+        surrogate=surrogate, train=train, measured=found.outcomes, on_step=step, generator=generator(seed),
     )  # fmt: skip
+    checked = told.with_errors(checked, run)
     seconds["checks_seconds"] = phases.lap()
     details: dict[str, Any] = told.figures(found, checked, run, took)
     if surrogate:
@@ -135,7 +136,7 @@ def attack(
         seconds["study_seconds"] = phases.lap()
     seconds = {"seconds": time.perf_counter() - start, **seconds}
     notes = [f"{entry.name} could not run: {entry.error}" for entry in run if entry.error]
-    findings = told.findings(checked, run)
+    findings = told.findings(checked)
     args = {"eps": eps, "norm": norm, "methods": [entry.name for entry in run], "images_checked": min(images, len(data)),
             "sweep": list(budgets)}  # fmt: skip
     result = Result(
@@ -153,7 +154,7 @@ def attack(
         checks=told.checks(checked),
         findings=[*(model.origin or {}).get("findings", ()), *findings],
         verdict="not-established" if any(finding["severity"] == "high" for finding in findings) else "established",
-        limitations=told.limitations(found, checked, surrogate is not None, train is not None, inside),
+        limitations=told.limitations(found, checked, run, surrogate is not None, train is not None, inside),
         details={
             "robustness": details,
             **({"study": inside} if inside else {}),
@@ -161,6 +162,14 @@ def attack(
         },
     )
     return AttackRun(result, found, checked)
+
+
+def _knowledge(entries: Sequence[Entry]) -> Knowledge:
+    """Return what the most knowing of some attacks is told of the network."""
+    names = {entry.row.name for entry in entries if entry.row}
+    if names - {*GRADIENT_FREE}:
+        return "white-box"
+    return "black-box" if "square" in names else "none"
 
 
 def _check(data: ImageSet, eps: float, norm: Norm, sweep: Sequence[float] | None, images: int) -> tuple[float, ...]:

@@ -42,7 +42,8 @@ class Entry:
         bound: The attack with its settings, watched.
         row: Its row in the table of methods; None of images made on the surrogate.
         seconds: How long it ran, all its calls together.
-        error: Why it could not run; empty if it could.
+        error: Why it could not run, on some images or on all; empty if it could.
+        lost: How many images, or calls on one, it could not run on.
     """
 
     name: str
@@ -50,25 +51,34 @@ class Entry:
     row: Method | None = None
     seconds: float = field(default=0.0, compare=False)
     error: str = field(default="", compare=False)
+    lost: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         self.bound = Bound(self._watched(self.bound.attack), self.bound.settings)
 
     def _watched(self, attack: Any) -> Any:
-        """Return the attack, timed; where it gets no gradient it leaves the images alone, so that the others still run."""
+        """Return the attack, timed; images for which it gets no gradient it leaves alone, so that all others still run."""
 
         @wraps(attack)
         def run(model: nn.Module, x: Tensor, y: Tensor, **given: Any) -> Tensor:
             start = time.perf_counter()
             try:
-                return attack(model, x, y, **given)
-            except ModelError as problem:
-                self.error = str(problem)
-                return x
+                return self._halved(attack, model, x, y, **given)
             finally:
                 self.seconds += time.perf_counter() - start
 
         return run
+
+    def _halved(self, attack: Any, model: nn.Module, x: Tensor, y: Tensor, **given: Any) -> Tensor:
+        """Attack; where that fails each half apart, so that a batch is not lost for one image without an answer."""
+        try:
+            return attack(model, x, y, **given)
+        except ModelError as problem:
+            if len(x) > 1:
+                parts = zip(x.tensor_split(2), y.tensor_split(2), strict=True)
+                return torch.cat([self._halved(attack, model, *part, **given) for part in parts])
+            self.error, self.lost = str(problem), self.lost + 1
+            return x
 
 
 def chosen(

@@ -19,6 +19,7 @@ from ..data import count_shared, holdout
 from ..errors import DataError, InconclusiveError, ModelError
 from ..measure import Evaluation, Visibility, cost, evaluate, latencies_ms, visibility
 from ..models import Classifier
+from ..state import generator, seeded
 from ..types import HardMask, ImageSet, Rate, Result, Trigger, to_float
 
 HOLDOUT = 0.2
@@ -45,9 +46,11 @@ class NetworkRun:
 
 def measure(model: Classifier, data: ImageSet, trigger: Trigger | None) -> dict[str, Any]:
     """Return the ``before`` or ``after`` part of a record."""
-    rates = evaluate(model, data, trigger=trigger)
+    with seeded(generator(0)):  # for networks that draw
+        rates = evaluate(model, data, trigger=trigger)
+        costs = cost(model, data.shape, repeats=TIMED)
     numbers = {name: rate_of(getattr(rates, name)) for name in Evaluation.__dataclass_fields__}
-    return {**numbers, "adversarial_accuracy": None, **asdict(cost(model, data.shape, repeats=TIMED))}
+    return {**numbers, "adversarial_accuracy": None, **asdict(costs)}
 
 
 def compare(

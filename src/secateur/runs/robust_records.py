@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def _attack(found: Robustness, entry: Entry, seconds: float) -> dict[str, Any]:
         "alone": int(alone.sum()),
         "alone_images": alone.nonzero()[:KEPT, 0].tolist(),
         "seconds": seconds,
-        **({"error": entry.error} if entry.error else {}),
+        **({"error": f"{entry.error} ({entry.lost:,} of {len(outcomes.y):,} images)"} if entry.error else {}),
     }
 
 
@@ -66,6 +66,18 @@ def _alone(found: Robustness, name: str) -> Tensor:
     stood = [answer == y for other, answer in answers.items() if other != name]
     others = torch.stack(stood).all(dim=0) if stood else torch.ones_like(y, dtype=torch.bool)
     return (found.outcomes.clean == y) & (answers[name] != y) & others
+
+
+def with_errors(checked: Sanity, entries: Sequence[Entry]) -> Sanity:
+    """Return the checks; that attacks ran fails also where one could run on the images looked at and not on all measured."""
+    errors = [entry for entry in entries if entry.error]
+    if not errors or checked[UNUSABLE].status == "FAIL":
+        return checked
+    first = errors[0]
+    message = f"{first.name} could not run on {first.lost:,} of the images measured: {first.error}"
+    failed = replace(checked[UNUSABLE], status="FAIL", value=len(errors) / len(entries), message=message)
+    kept = tuple(failed if check.id == UNUSABLE else check for check in checked.checks)
+    return replace(checked, checks=kept, established=False)
 
 
 def checks(checked: Sanity) -> list[dict[str, Any]]:
@@ -87,14 +99,9 @@ def checks(checked: Sanity) -> list[dict[str, Any]]:
     ]
 
 
-def findings(checked: Sanity, entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Return what speaks against the figure; an attack that could not run does, also if it could on the images checked."""
-    rows = [_finding(check) for check in checked.checks if check.status in SEVERITY]
-    errors = [entry for entry in entries if entry.error]
-    if errors and checked[UNUSABLE].status != "FAIL":
-        message = f"{errors[0].name} could not run: {errors[0].error}"
-        rows.append({"rule": UNUSABLE, "severity": "high", "message": message, "where": ""})
-    return rows
+def findings(checked: Sanity) -> list[dict[str, Any]]:
+    """Return what speaks against the figure."""
+    return [_finding(check) for check in checked.checks if check.status in SEVERITY]
 
 
 def _finding(check: Check) -> dict[str, str]:
@@ -105,16 +112,19 @@ def _finding(check: Check) -> dict[str, str]:
     return {"rule": check.id, "severity": severity, "message": f"{check.name}: {check.message}; {check.means}", "where": where}
 
 
-def limitations(found: Robustness, checked: Sanity, surrogate: bool, train: bool, study: Mapping[str, Any] | None) -> list[str]:
+def limitations(
+    found: Robustness, checked: Sanity, entries: Sequence[Entry], surrogate: bool, train: bool, study: Mapping[str, Any] | None
+) -> list[str]:
     """Return what the figure leaves open."""
     tried = ", ".join(name for name in found.by_attack if name != TRANSFER)
-    missing = "" if "autoattack" in found.by_attack else "AutoAttack and "
+    missing = "" if any(entry.row and entry.row.name == "autoattack" for entry in entries) else "AutoAttack and "
     said = [
         "One seed: another seed gives other numbers.",
         f"Robust accuracy is an upper bound: tried were {tried}; {missing}attacks made for this very network "
         "were not, and may leave less.",
         f"Only one kind of change was tried ({found.threat}): no other norm, nor rotations, patches or other changes of scene.",
         f"The checks looked at {checked.upper_bound.n:,} of {len(found.outcomes.y):,} images.",
+        "Images are numbered as they were measured, from 0: with --limit these are not their places in the file.",
         "No backdoor was looked for.",
     ]
     if study:

@@ -10,6 +10,7 @@ from ..intervals import paired_p
 from .evidence import Evidence, Run
 from .judging import (
     POINT,
+    SAME,
     SIGNIFICANCE,
     Skip,
     exceeds,
@@ -103,8 +104,35 @@ def leaves_the_true_label(e: Evidence) -> Verdict:
     WARN: wrong images come nearer to being right more often than chance has it.
     FAIL: more than 5 % of the wrong images are put right, or right ones go farther from an error.
     """
+    if e.spread > SAME:
+        raise Skip("answers differ anyway, and images are righted by chance")
     verdicts = [_true_label(e, e.runs[name]) for name in e.given if not e.runs[name].error]
     return worst(verdicts) if verdicts else Verdict("PASS", 0.0, "all attacks got the labels of the data")
+
+
+def no_weaker_than_ours(e: Evidence) -> Verdict:
+    """The attacks behind the figure must break what ours break; FAIL beyond 5 points, by the paired test on the same images.
+
+    Why: robust accuracy is what the attacks chosen leave, so that a weak attack makes any network look robust (Carlini et al.
+    2019, arXiv:1902.06705; Athalye et al. 2018, arXiv:1802.00420).
+
+    PASS: ours break at most a point more.
+    WARN: they break up to 5 points more, or more by chance.
+    FAIL: they break more, and it is no chance. SKIPPED where no figure was given.
+    """
+    if e.claimed is None:
+        raise Skip("no figure was given")
+    if not bool(e.right.any()):
+        raise Skip("no image is answered rightly, so there is nothing to attack")
+    missed, found = e.claimed & ~e.ours, e.ours & ~e.claimed
+    value = (int(missed.sum()) - int(found.sum())) / len(e.data)
+    told = (
+        f"{int(e.claimed.sum())} of the {len(e.data)} images looked at count as robust, and the checks' own attacks leave "
+        f"{int(e.ours.sum())}"
+    )
+    accident = paired_p(int(missed.sum()), int(found.sum())) > SIGNIFICANCE
+    status = "PASS" if value <= POINT else "WARN" if value <= LOSSES or accident else "FAIL"
+    return Verdict(status, value, told, images(e, missed) if value > POINT else ())
 
 
 def _true_label(e: Evidence, run: Run) -> Verdict:
@@ -221,14 +249,15 @@ def better_than_noise(e: Evidence) -> Verdict:
 
     PASS: PGD comes nearer to an error on most images, beyond chance, or breaks all of them.
     WARN: on most in count only.
-    FAIL: not on most.
+    FAIL: not on most, of as many images as the test could decide.
     """
     pgd, noise = run_of(e, "pgd", "random noise")
     ahead, behind = wins(pgd.margin, noise.margin)
     told = f"pgd comes nearer to an error than random noise on {ahead} images, noise on {behind}"
     if paired_p(ahead, behind) <= SIGNIFICANCE or (ahead >= behind and bool(pgd.broken[e.right].all())):
         return Verdict("PASS", ahead / max(1, ahead + behind), told)
-    return Verdict("FAIL" if ahead <= behind else "WARN", ahead / max(1, ahead + behind), told)
+    decided = ahead <= behind and paired_p(ahead + behind, 0) <= SIGNIFICANCE
+    return Verdict("FAIL" if decided else "WARN", ahead / max(1, ahead + behind), told)
 
 
 def square_no_better(e: Evidence) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -15,6 +16,7 @@ from ...errors import MethodError, check_range
 from ...types import ImageSet
 from ..adversarial import Attack, ThreatModel, check_images
 from ..intervals import wilson
+from ..robustness import Outcomes
 from .evidence import OURS, Settings
 from .gather import gather
 from .judging import standing
@@ -38,6 +40,7 @@ def sanity(
     forward: Forward | None = None,
     surrogate: nn.Module | None = None,
     train: ImageSet | None = None,
+    measured: Outcomes | None = None,
     batch_size: int = 256,
     on_step: Callable[[int, int], None] | None = None,
     generator: torch.Generator,
@@ -61,6 +64,7 @@ def sanity(
         forward: What gradient attacks call in place of the network (`bpda`, `eot`); answers are always the network's.
         surrogate: Another network, such as the one before repair, whose images are tried on this one.
         train: Images that the network was trained on, to count those that are measured on too.
+        measured: What `robustness` found on these images: the figure that is judged.
         batch_size: Images at once, >= 1.
         on_step: Called with ``(step, steps)``, a step being one attack.
         generator: Source of all randomness, on the CPU.
@@ -78,6 +82,8 @@ def sanity(
     check_budget(eps, norm, features)
     if eps == 0:
         raise MethodError("eps must be above 0, got 0; accuracy without an attack is what evaluate measures")
+    if measured is not None and not torch.equal(measured.y, data.y):
+        raise MethodError(f"the figure must be one on the same {len(data)} images, got one on {len(measured.y)} others")
     if clash := sorted(attacks.keys() & {*OURS}):
         raise MethodError(f"attacks need names other than ours ({', '.join(OURS)}), got {clash[0]}")
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
@@ -86,6 +92,7 @@ def sanity(
     evidence = gather(
         model, data.subset(rows), rows, settings, attacks=attacks, surrogate=surrogate, train=train, on_step=on_step
     )
+    evidence = replace(evidence, measured=measured)
     checks = tuple(rule.check(evidence) for rule in RULES)
     return Sanity(
         checks=checks,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from ...attack.losses import Loss
 from ...attack.network import Forward
 from ...types import ImageSet
 from ..adversarial import Bound, ThreatModel, answers_of, bind
+from ..robustness import Outcomes
 
 WHITE = ("fgsm", "one step", "pgd", "pgd, margin", "pgd, twice the steps")
 OURS = (*WHITE, "random noise", "square", "transfer")
@@ -112,6 +113,7 @@ class Evidence:
         given: Names of the attacks that were given.
         budgets: Attack -> its settings in words.
         shared: How many of the images stand among the training images; None if those were not given.
+        measured: Answers behind the figure that is judged, on all the images given; None if there is none.
     """
 
     settings: Settings
@@ -129,6 +131,7 @@ class Evidence:
     given: tuple[str, ...]
     budgets: Mapping[str, str]
     shared: int | None
+    measured: Outcomes | None = None
 
     @property
     def right(self) -> Tensor:
@@ -143,5 +146,22 @@ class Evidence:
     @property
     def standing(self) -> Tensor:
         """Which images are answered rightly whatever any attack within the budget did, bool ``(n,)``."""
+        left, claimed = self._left(self.runs), self.claimed
+        return left if claimed is None else left & claimed
+
+    @property
+    def ours(self) -> Tensor:
+        """The same, of our attacks alone."""
+        return self._left(name for name in self.runs if name not in self.given)
+
+    @property
+    def claimed(self) -> Tensor | None:
+        """Which images the figure that is judged counts as robust; None if there is none."""
+        if self.measured is None:
+            return None
+        answers = torch.stack([self.measured.clean, *self.measured.returned.values()])
+        return (answers == self.measured.y).all(dim=0)[self.rows]
+
+    def _left(self, names: Iterable[str]) -> Tensor:
         within = [run for eps, run in self.sweep.items() if eps <= self.settings.threat.eps]
-        return self.right & ~torch.stack([run.broken for run in (*self.runs.values(), *within)]).any(dim=0)
+        return self.right & ~torch.stack([run.broken for run in (*map(self.runs.__getitem__, names), *within)]).any(dim=0)

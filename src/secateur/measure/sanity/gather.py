@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -66,9 +67,12 @@ def spreads(model: nn.Module, x: Tensor, classes: int) -> tuple[float, float]:
     first = logits_of(model, x, classes)
     scale = max(1e-12, float(first.abs().nan_to_num(0, 0, 0).amax()))
     again = [logits_of(model, x, classes) for _ in range(FORWARDS - 1)]
-    few = slice(0, 8)
-    alone = torch.cat([logits_of(model, image[None], classes) for image in x[few]])
-    return max(_off(other, first) for other in again) / scale, _off(alone, first[few]) / scale
+    few, spread = slice(0, 8), max(_off(other, first) for other in again) / scale
+    try:
+        alone = torch.cat([logits_of(model, image[None], classes) for image in x[few]])
+    except ModelError:  # batch norm in training mode takes no image alone
+        return spread, math.inf
+    return spread, _off(alone, first[few]) / scale
 
 
 def _off(other: Tensor, first: Tensor) -> float:
@@ -81,6 +85,8 @@ def slopes_of(network: Network, x: Tensor, y: Tensor, loss: Loss, generator: tor
     value = aim.value(network(inputs), y)
     try:
         [found] = torch.autograd.grad(value.sum(), [inputs], allow_unused=True) if value.requires_grad else [None]
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # an operation without a derivative
         found = None
     slope = torch.zeros_like(x) if found is None else found
@@ -88,9 +94,9 @@ def slopes_of(network: Network, x: Tensor, y: Tensor, loss: Loss, generator: tor
     chance = torch.rand(x.shape, generator=generator, device=generator.device).sub_(0.5).to(x)
     slope = slope.nan_to_num(0, 0, 0)
     direction = torch.where(unusable[:, None, None, None], chance, slope).sign()
-    direction = direction * ((x > STEP) & (x < 1 - STEP))  # networks may clip to [0, 1]
-    rises = (slope.double() * direction).flatten(1).sum(dim=1)
-    ahead, behind = (aim.value(network.answers(x + sign * STEP * direction), y).double() for sign in (1, -1))
+    ends = [(x + sign * STEP * direction).clamp(0, 1) for sign in (1, -1)]  # networks may clip: a step from the border is half
+    rises = (slope.double() * (ends[0].double() - ends[1].double())).flatten(1).sum(dim=1) / (2 * STEP)
+    ahead, behind = (aim.value(network.answers(end), y).double() for end in ends)
     return Slopes(found is None, unusable, rises, (ahead - behind) / (2 * STEP))
 
 

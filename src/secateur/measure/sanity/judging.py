@@ -1,8 +1,8 @@
 """How a check decides without failing sound networks by chance.
 
-Tests compare outcomes of the same images, each at `SIGNIFICANCE`. An audit makes fewer than 20 of them, so that a network for
-which every hypothesis only just holds fails in at most 1 of 100 audits, whatever the tests have to do with one another
-(Bonferroni).
+Tests compare outcomes of the same images, each at `SIGNIFICANCE`. An audit makes a dozen of them, and two more for each attack
+given, so that a network for which every hypothesis only just holds fails in about 1 of 100 audits, whatever the tests have to
+do with one another (Bonferroni).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .evidence import Evidence, Run
 from .values import Verdict
 
 SIGNIFICANCE = 5e-4
+SAME = 1e-6  # of the largest logit: what the order of additions makes
 POINT = 0.01  # of accuracy: what two honest attacks may differ by
 
 

@@ -7,15 +7,15 @@ import torch
 from ...attack.losses import Loss
 from .evidence import Evidence
 from .gather import FORWARDS, STEP
-from .judging import Skip, exceeds, images, percent, standing
+from .judging import SAME, Skip, exceeds, images, percent, standing
 from .values import Verdict
 
-SAME = 1e-6
 TOGETHER = 1e-4
 ZERO_SHARE = 0.05
 APART = 0.5
 APART_WARN, APART_FAIL = 0.1, 0.5
 SHARED_FAIL = 0.01
+FEW = 20  # images, of which a count alone says nothing
 
 
 def same_answers(e: Evidence) -> Verdict:
@@ -59,8 +59,12 @@ def finite(e: Evidence) -> Verdict:
     FAIL: one is not.
     """
     lost = ~e.logits.isfinite().all(dim=1)
+    where = images(e, lost)
+    if e.measured is not None:  # all images, not only those looked at
+        lost = e.measured.clean == -1
+        where = tuple(lost.nonzero()[:, 0].tolist())
     told = f"{int(lost.sum())} of {len(lost)} images get NaN or infinity"
-    return Verdict("FAIL" if bool(lost.any()) else "PASS", percent(lost), told, images(e, lost))
+    return Verdict("FAIL" if bool(lost.any()) else "PASS", percent(lost), told, where)
 
 
 def not_probabilities(e: Evidence) -> Verdict:
@@ -106,13 +110,13 @@ def better_than_chance(e: Evidence) -> Verdict:
 
     PASS: better than one over the number of classes, beyond chance.
     WARN: better in count, but it may be chance.
-    FAIL: not even so in count.
+    FAIL: not even so in count, of 20 images and more.
     """
     hits, n, level = int(e.right.sum()), len(e.right), 1 / len(e.data.classes)
     told = f"{hits} of {n} clean images answered rightly; chance is {100 * level:.1f} %"
     if exceeds(hits, n, level):
         return Verdict("PASS", hits / n, told)
-    return Verdict("FAIL" if hits <= level * n else "WARN", hits / n, told)
+    return Verdict("FAIL" if hits <= level * n and n >= FEW else "WARN", hits / n, told)
 
 
 def gradient_under_cross_entropy(e: Evidence) -> Verdict:
