@@ -102,7 +102,7 @@ their meaning.
 | FAIL | **robustness is not established**: no number may be quoted; exit code 1 | `finding`, severity high | `error` |
 | SKIPPED | could not be judged, and it says why | `skipped` | not written |
 
-"Beyond chance" is a test at 1 in 2000, so that all of them together fail a network for which each just holds in at most 1 of
+"Beyond chance" is a test at 1 in 2000, so that all of them together fail a network for which each just holds in about 1 of
 100 audits.
 
 | check | asks |
