@@ -76,7 +76,7 @@ def _attacks(measured: Record) -> Section:
     clean, threat = worst["returned"]["clean_accuracy"], measured["threat"]
     bound = checked["upper_bound"]
     lines = [
-        f"Budget: {budget(threat)}, {threat['knowledge']}. {rate(clean)} of {clean['n']:,} images are right without an attack.",
+        f"Budget: {budget(threat)}, {KNOWING.get(threat['knowledge'], threat['knowledge'])}. {rate(clean)} of {clean['n']:,} images are right without an attack.",
         "Worst of all: right are the images that no attack broke. Robust accuracy is at most this, never more.",
         f"With the checks' own attacks too, {rate(bound)} of the {bound['n']:,} images that they looked at stay right.",
         *(line for attack in attacks for line in _remarks(attack, len(attacks))),
@@ -107,6 +107,7 @@ def _places(images: Sequence[int], count: int) -> str:
     return ", ".join(map(str, shown)) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
 
 
+KNOWING = {"none": "blind (nothing is asked of the network)"}
 CAPTIONS: Mapping[str, str] = {
     "returned": "As the attacks returned their images",
     "stored": "The same images as 8-bit files keep them",
