@@ -84,7 +84,7 @@ def test_exceptions_are_listed_by_index() -> None:
 
 def test_attacks_that_could_not_run_or_broke_the_rules_are_told() -> None:
     text = " ".join(to_text(not_established()).split())
-    assert "pgd (cross-entropy) COULD NOT RUN, so that its rates are those of untouched images: no gradient came back" in text
+    assert "pgd (cross-entropy) COULD NOT RUN on some or all images, and left them as they were: no gradient came back" in text
     assert "square: 7 of its images were beyond the threat model and did not count." in text
     assert "Not drawn: an attack could not run" in text
     assert "Not measured: the attack could not run" in text

@@ -74,9 +74,9 @@ def _said(check: Record) -> str:
 def _attacks(measured: Record) -> Section:
     attacks, worst, checked = measured["attacks"], measured["worst"], measured["checked"]
     clean, threat = worst["returned"]["clean_accuracy"], measured["threat"]
-    bound = checked["upper_bound"]
+    bound, knowing = checked["upper_bound"], KNOWING.get(threat["knowledge"], threat["knowledge"])
     lines = [
-        f"Budget: {budget(threat)}, {KNOWING.get(threat['knowledge'], threat['knowledge'])}. {rate(clean)} of {clean['n']:,} images are right without an attack.",
+        f"Budget: {budget(threat)}, {knowing}. {rate(clean)} of {clean['n']:,} images are right without an attack.",
         "Worst of all: right are the images that no attack broke. Robust accuracy is at most this, never more.",
         f"With the checks' own attacks too, {rate(bound)} of the {bound['n']:,} images that they looked at stay right.",
         *(line for attack in attacks for line in _remarks(attack, len(attacks))),
@@ -94,7 +94,7 @@ def _remarks(attack: Record, attacks: int) -> Iterator[str]:
     """Yield what its rates do not say of an attack."""
     name = plain(attack["name"])
     if "error" in attack:
-        yield f"{name} COULD NOT RUN on all images, and left those as they were: {plain(attack['error'])}"
+        yield f"{name} COULD NOT RUN on some or all images, and left them as they were: {plain(attack['error'])}"
     if attack["refused"]:
         yield f"{name}: {attack['refused']:,} of its images were beyond the threat model and did not count."
     if attack["alone"] and attacks > 1:
