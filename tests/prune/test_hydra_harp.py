@@ -296,7 +296,7 @@ def test_what_was_cut_before_stays_cut(trained, images, method):
     cut = apply_mask(
         trained, select(magnitude.random(trained, images, granularity="weight", generator=generator(0)), Fraction(0.5))
     )
-    done = method(cut, images, fraction=0.6, score_epochs=1, epochs=1, lr=0.05, **CLEAN, generator=generator(0))
+    done = method(cut, images, fraction=0.3, score_epochs=1, epochs=1, lr=0.05, **CLEAN, generator=generator(0))
     before, after = dict(cut.named_parameters()), dict(done.model.named_parameters())
     gone = {name: value == 0 for name, value in before.items()}
     assert sum(int(where.sum()) for where in gone.values()) > 1000
