@@ -103,7 +103,7 @@ def attack(
     entries = chosen(methods, arguments or {}, eps=eps, norm=norm, forwards=forwards)
     for network in (model, *([surrogate] if surrogate else [])):
         check_fit(network, data)
-    before = measure(model, data, None)
+    before = measure(model, data, None, timed=True)
     check_better_than_chance(before, data)
     start, threat = time.perf_counter(), ThreatModel(eps, norm, knowledge=_knowledge(entries))
     phases = Phases(2 + bool(surrogate) + bool(budgets) + study, on_step, on_note)
@@ -114,7 +114,7 @@ def attack(
     seconds = {"attacks_seconds": phases.lap()}
     took = {entry.name: entry.seconds for entry in run}
     # The default attacks are those of the checks with other numbers; to run them once more would tell nothing.
-    judged = {f"{entry.name} as measured": entry.bound for entry in entries if methods or arguments or len(forwards) > 1}
+    judged = {f"{entry.name} as measured": entry.plain for entry in entries if methods or arguments or len(forwards) > 1}
     step = phases.next(f"checking what could make the figure wrong, on {min(images, len(data)):,} images")
     checked = sanity(
         model, data, eps=eps, norm=norm, images=images, attacks=judged, forward=next(iter(forwards.values())),

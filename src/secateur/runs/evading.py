@@ -43,7 +43,8 @@ class Entry:
         row: Its row in the table of methods; None of images made on the surrogate.
         seconds: How long it ran, all its calls together.
         error: Why it could not run, on some images or on all; empty if it could.
-        lost: How many images, or calls on one, it could not run on.
+        lost: How many images it could not run on.
+        plain: The attack as it is, not watched: it raises.
     """
 
     name: str
@@ -52,8 +53,10 @@ class Entry:
     seconds: float = field(default=0.0, compare=False)
     error: str = field(default="", compare=False)
     lost: int = field(default=0, compare=False)
+    plain: Bound = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        self.plain = self.bound
         self.bound = Bound(self._watched(self.bound.attack), self.bound.settings)
 
     def _watched(self, attack: Any) -> Any:

@@ -44,11 +44,11 @@ class NetworkRun:
     step: Mapping[str, Any]
 
 
-def measure(model: Classifier, data: ImageSet, trigger: Trigger | None) -> dict[str, Any]:
+def measure(model: Classifier, data: ImageSet, trigger: Trigger | None, *, timed: bool = False) -> dict[str, Any]:
     """Return the ``before`` or ``after`` part of a record."""
     with seeded(generator(0)):  # for networks that draw
         rates = evaluate(model, data, trigger=trigger)
-        costs = cost(model, data.shape, repeats=TIMED)
+        costs = cost(model, data.shape, repeats=TIMED if timed else 0)
     numbers = {name: rate_of(getattr(rates, name)) for name in Evaluation.__dataclass_fields__}
     return {**numbers, "adversarial_accuracy": None, **asdict(costs)}
 
@@ -58,8 +58,8 @@ def compare(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the ``before`` and ``after`` parts of a record.
 
-    ``before`` is what `measure` returned of ``model``, ``after`` what it does of ``final``. Both networks are timed anew, in
-    turns: between the two the machine may have become busier.
+    ``before`` is what `measure` returned of ``model``, ``after`` what it does of ``final``. Both networks are timed
+    here, in turns: between the two the machine may have become busier.
     """
     own, other = latencies_ms([model, final], data.shape, repeats=TIMED)
     return {**before, "latency_ms": own}, measure(final, data, trigger) | {"latency_ms": other}

@@ -249,15 +249,16 @@ def better_than_noise(e: Evidence) -> Verdict:
 
     PASS: PGD comes nearer to an error on most images, beyond chance, or breaks all of them.
     WARN: on most in count only.
-    FAIL: not on most, of as many images as the test could decide.
+    FAIL: not on most, unless it leaves a point at most, where single images decide.
     """
     pgd, noise = run_of(e, "pgd", "random noise")
     ahead, behind = wins(pgd.margin, noise.margin)
     told = f"pgd comes nearer to an error than random noise on {ahead} images, noise on {behind}"
     if paired_p(ahead, behind) <= SIGNIFICANCE or (ahead >= behind and bool(pgd.broken[e.right].all())):
         return Verdict("PASS", ahead / max(1, ahead + behind), told)
-    decided = ahead <= behind and paired_p(ahead + behind, 0) <= SIGNIFICANCE
-    return Verdict("FAIL" if decided else "WARN", ahead / max(1, ahead + behind), told)
+    left = int((e.right & ~pgd.broken).sum())
+    worthless = ahead <= behind and left > max(1, POINT * len(e.data))
+    return Verdict("FAIL" if worthless else "WARN", ahead / max(1, ahead + behind), told)
 
 
 def square_no_better(e: Evidence) -> Verdict:

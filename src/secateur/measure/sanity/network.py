@@ -15,7 +15,6 @@ ZERO_SHARE = 0.05
 APART = 0.5
 APART_WARN, APART_FAIL = 0.1, 0.5
 SHARED_FAIL = 0.01
-FEW = 20  # images, of which a count alone says nothing
 
 
 def same_answers(e: Evidence) -> Verdict:
@@ -110,13 +109,13 @@ def better_than_chance(e: Evidence) -> Verdict:
 
     PASS: better than one over the number of classes, beyond chance.
     WARN: better in count, but it may be chance.
-    FAIL: not even so in count, of 20 images and more.
+    FAIL: not even so in count.
     """
     hits, n, level = int(e.right.sum()), len(e.right), 1 / len(e.data.classes)
     told = f"{hits} of {n} clean images answered rightly; chance is {100 * level:.1f} %"
     if exceeds(hits, n, level):
         return Verdict("PASS", hits / n, told)
-    return Verdict("FAIL" if hits <= level * n and n >= FEW else "WARN", hits / n, told)
+    return Verdict("FAIL" if hits <= level * n else "WARN", hits / n, told)
 
 
 def gradient_under_cross_entropy(e: Evidence) -> Verdict:
