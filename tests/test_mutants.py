@@ -1,13 +1,11 @@
 """The suite notices faults: each committed mutant is put into a copy of the source and must be killed."""
 
-import os
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from isolated import run_tests
 
 import secateur
 
@@ -26,16 +24,11 @@ def test_a_mutant_applies(mutant):
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant["name"])
 def test_a_mutant_is_killed(mutant, tmp_path):
-    shutil.copytree(SOURCE, tmp_path / "secateur", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(SOURCE, tmp_path / "secateur")
     file = tmp_path / "secateur" / mutant["file"]
     file.write_text(file.read_text("utf-8").replace(mutant["old"], mutant["new"]), "utf-8")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant["killed_by"].split()],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 1, f"survived: {mutant['name']}\n{run.stdout[-2000:]}"
-    assert " failed" in run.stdout
+    log = tmp_path / "log"
+    code = run_tests(tmp_path, ROOT, mutant["killed_by"].split(), log)
+    told = log.read_text("utf-8", "replace")
+    assert code == 1, f"survived: {mutant['name']}\n{told[-2000:]}"
+    assert " failed" in told
