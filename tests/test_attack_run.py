@@ -10,14 +10,15 @@ from torch import nn
 
 from secateur import runs
 from secateur.attack import pgd, square
-from secateur.errors import InconclusiveError, MethodError
+from secateur.errors import InconclusiveError, MethodError, ModelError
 from secateur.measure import wilson
 from secateur.measure.adversarial import ThreatModel, bind
 from secateur.measure.robustness import robustness
 from secateur.measure.sanity import RULES, Check, Sanity, sanity
 from secateur.report import render, to_json
+from secateur.runs import attacking, evading
 from secateur.runs import robust_records as told
-from secateur.runs.evading import chosen
+from secateur.runs.evading import Entry, chosen
 from secateur.state import generator
 from secateur.types import to_float
 
@@ -80,7 +81,7 @@ def test_the_checks_are_those_of_the_library(trained, bars, measured):
     own = chosen((), QUICK, eps=EPS, norm="linf")
     truth = sanity(
         trained, bars(60, 2), eps=EPS, images=40, attacks={f"{entry.name} as measured": entry.bound for entry in own},
-        surrogate=trained, train=bars(30, 9), measured=measured.robustness.outcomes, generator=generator(0),
+        surrogate=trained, train=bars(30, 9), measured=measured.robustness, generator=generator(0),
     )  # fmt: skip
     words = {"PASS": ("ok", None), "WARN": ("finding", "medium"), "FAIL": ("finding", "high"), "SKIPPED": ("skipped", None)}
     told = [(row["id"], row["status"], row.get("severity"), row["why"]) for row in measured.result.checks]
@@ -234,3 +235,36 @@ def _passed():
     one = Check("PASS", 0.0, "all ran", (), rule.id, rule.name, rule.means, rule.remedy)
     rate = wilson(5, 10)
     return Sanity((one,), True, ThreatModel(0.1), rate, rate, {}, 0)
+
+
+def test_images_that_an_attack_cannot_run_on_are_found_and_counted(trained):
+    """Of 256 images one has no answer and two no gradient; then none has any, which takes few tries."""
+    bad = {7: "no answer", 100: "no gradient", 101: "no gradient"}
+    tries = []
+
+    def attack(model, x, y, *, generator):
+        tries.append(len(x))
+        for place in y.tolist():
+            if place in bad:
+                raise ModelError(bad[place])
+        return 1 - x
+
+    x, y = torch.rand(256, 1, 2, 2), torch.arange(256)
+    entry = Entry("theirs", bind(attack))
+    made = entry.bound(trained, x, y, generator(0))
+    assert torch.equal(made != x, ~torch.isin(y, torch.tensor([*bad]))[:, None, None, None].expand(x.shape))
+    assert (entry.lost, entry.error) == (3, "no gradient")
+    bad = dict.fromkeys(range(256), "nothing")
+    tries.clear()
+    assert torch.equal(Entry("theirs", bind(attack)).bound(trained, x, y, generator(0)), x)
+    assert len(tries) < 2 * evading.PATIENCE
+    assert sum(tries) < 4 * 256
+
+
+@pytest.mark.parametrize(
+    ("methods", "knowledge"),
+    [(["random-noise"], "transfer"), (["random-noise", "square"], "black-box"), (["square", "fgsm"], "white-box")],
+)
+def test_a_surrogate_is_known_of(methods, knowledge):
+    entries = evading.chosen(methods, {}, eps=EPS, norm="linf")
+    assert attacking._knowledge([*entries, evading.across(nn.Identity(), eps=EPS, norm="linf")]) == knowledge

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import nn
 
 from secateur import runs
-from secateur.attack import fgsm
+from secateur.attack import fgsm, random_noise
+from secateur.errors import ModelError
 from secateur.measure import ThreatModel, bind, layer_study, stage_weights
 from secateur.report import render, to_json
 from secateur.runs import studying
@@ -142,14 +143,21 @@ def test_a_network_whose_stages_cannot_be_watched_gets_a_note(trained, bars, sch
 
 
 def test_an_attack_that_cannot_run_gets_a_note(trained, bars):
-    from secateur.errors import ModelError
-
     def broken(model, x, y, *, generator):
         raise ModelError("no gradient today")
 
     found, why = look_inside(trained, bars(12, 2), Entry("broken", bind(broken)), ThreatModel(EPS), generator=generator(0))
     assert found is None
-    assert why == "broken could not run: no gradient today"
+    assert why == "broken could not run on 12 of 12 images: no gradient today"
+
+
+def test_what_an_attack_lost_elsewhere_is_nothing_to_the_study(trained, bars):
+    entry = Entry("noise", bind(random_noise, eps=EPS))
+    entry.reasons["no answer"] = 3
+    found, why = look_inside(trained, bars(12, 2), entry, ThreatModel(EPS), generator=generator(0))
+    assert why == ""
+    assert found["images"] == 12
+    assert entry.lost == 3
 
 
 def test_the_network_and_the_random_state_are_left_alone(trained, bars):

@@ -5,9 +5,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from isolated import run_tests
 
 import secateur
+from isolated import run_tests
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(secateur.__file__).parent

@@ -280,7 +280,7 @@ class OneWay(torch.autograd.Function):
     ("message", "answer"),
     [
         ("the network passes no gradient back to the images; give a differentiable twin", lambda net, x: net(x).detach()),
-        ("the network passes no gradient back to the images; give a differentiable twin", lambda net, x: OneWay.apply(net(x))),
+        (r"back to the images \(You must implement .*\); give a differentiable twin", lambda net, x: OneWay.apply(net(x))),
         ("the network passes no gradient back", lambda net, x: net(torch.ones_like(x)) + net.linear.bias),
         ("the network's answers must be finite, got NaN", lambda net, x: net(x) * torch.nan),
         (r"the network must answer with logits of shape \(3, 2 or more\), got \(3, 1\)", lambda net, x: net(x)[:, :1]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from secateur.compress.redraw import redraw
 from secateur.errors import MethodError
 from secateur.models import core
 from secateur.prune import choose_layers, prunable_layers
+from secateur.prune.mask import compression, zeros
 from secateur.state import generator
 
 
@@ -44,6 +46,20 @@ def test_compression_is_what_was_asked(trained, images, target):
     cut = sum(int((~keep).sum()) for keep in done.mask.keep.values())
     assert total - cut == round(total / target)
     assert all(bool((own[name][~keep] == 0).all()) for name, keep in done.mask.keep.items())
+
+
+def test_weights_cut_before_are_among_those_drawn(trained, images):
+    model, [layer, *_] = deepcopy(trained), prunable_layers(trained)
+    weight = dict(core(model).named_parameters())[f"{layer}.weight"]
+    other = prunable_layers(model)[1]
+    with torch.no_grad():
+        weight.view(-1)[: weight.numel() // 2] = 0
+        dict(core(model).named_parameters())[f"{other}.weight"].view(-1)[::4] = 0
+    masks = kept(model, images, target=2.5, layers=layer, share=0.75)
+    assert int((~masks[layer]).sum()) == math.floor(0.75 * weight.numel())
+    assert not bool(masks[layer].flatten()[: weight.numel() // 2].any())
+    with pytest.raises(MethodError, match=r"is [\d,]+ weights and [\d,]+ weights of others were cut before, and target="):
+        kept(model, images, target=compression(model, zeros(model)) + 1e-3, layers=layer, share=0.75)
 
 
 def test_layers_can_be_named(trained, images):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from secateur.errors import DataError, InconclusiveError, ModelError
 from secateur.measure import correct, evaluate, predict
+from secateur.measure.adversarial import answers_of
 from secateur.types import ImageSet, Trigger
 
 CLASSES = ("a", "b", "c", "d")
@@ -194,6 +195,16 @@ def test_an_answer_that_is_not_finite_is_never_right(trained, images):
             return trained(x) * torch.where(torch.arange(len(x)) < 4, torch.nan, 1.0)[:, None]
 
     assert predict(Lost(), images)[:5].tolist() == [-1, -1, -1, -1, int(predict(trained, images)[4])]
+
+
+def test_a_class_that_is_ruled_out_costs_nothing(trained, images):
+    class Wider(nn.Module):
+        def forward(self, x):
+            return torch.cat([trained(x), torch.full((len(x), 1), -torch.inf)], dim=1)
+
+    assert torch.equal(predict(Wider(), images), predict(trained, images))
+    lost = torch.tensor([[1.0, torch.nan], [torch.inf, 0.0], [-torch.inf, -torch.inf], [-torch.inf, 0.0]])
+    assert answers_of(lost).tolist() == [-1, -1, -1, 1]
 
 
 @pytest.mark.parametrize("error", [NotImplementedError, ValueError("odd")])

@@ -85,4 +85,24 @@ def test_networks_take_turns(tiny):
     for name, model in (("one", one), ("two", two)):
         model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
     assert len(latencies_ms([one, two], (1, 12, 12), repeats=3)) == 2
-    assert order == ["one", "two"] * 5
+    assert order == ["one", "two"] * 6  # once to see whether they take an image alone
+
+
+def test_a_network_that_takes_no_image_alone_has_a_size_and_no_time(tiny):
+    model = tiny()
+    crowd = Crowd(model)
+    assert cost(crowd, (1, 12, 12)).macs == cost(model, (1, 12, 12)).macs > 0
+    assert latencies_ms([crowd, model], (1, 12, 12), repeats=1)[0] is None
+
+
+class Crowd(nn.Module):
+    """Takes no image alone, as batch norm without running statistics."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        if len(x) == 1:
+            raise ValueError("Expected more than 1 value per channel when training")
+        return self.network(x)

@@ -46,7 +46,7 @@ def test_an_adversarially_trained_network_fails_nothing(hardened, fashion):
     found = audit(
         hardened.model, fashion, eps=hardened.eps, steps=10, images=150, train=load_data("fashion-mini:train"),
         surrogate=nn.Sequential(nn.Identity(), hardened.model),
-        attacks={"given": bind(fgsm, eps=hardened.eps)}, measured=figure.outcomes,
+        attacks={"given": bind(fgsm, eps=hardened.eps)}, measured=figure,
         on_step=lambda *step: seen.append(step),
     )  # fmt: skip
     assert failures(found) == set()
@@ -452,8 +452,25 @@ def test_an_image_without_an_answer_counts_though_it_was_not_looked_at():
 
 
 def test_a_figure_of_other_images_is_refused(trained, shown):
-    with pytest.raises(MethodError, match=r"must be one on the same 120 images, got one on 200 others"):
-        sanity(trained, shown, eps=0.1, measured=outcomes(range(50)), generator=generator(0))
+    with pytest.raises(MethodError, match=r"must be one on the same 120 images, got one on 100 others"):
+        sanity(trained, shown, eps=0.1, measured=figure(trained, shown.subset(torch.arange(100))), generator=generator(0))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"eps": 0.3}, r"linf eps=0\.3"), ({"norm": "l2"}, r"l2 eps=0\.1"), ({"targeted": True}, r"linf eps=0\.1 .*, targeted")],
+)
+def test_a_figure_under_another_threat_is_refused(trained, shown, changed, said):
+    other = figure(trained, shown, **changed)
+    with pytest.raises(MethodError, match=rf"must be one under the same threat model \(linf eps=0\.1 .* got one under {said}"):
+        sanity(trained, shown, eps=0.1, measured=other, generator=generator(0))
+
+
+def figure(model, data, **threat):
+    threat = ThreatModel(**({"eps": 0.1} | threat))
+    noise = bind(random_noise, eps=threat.eps, norm=threat.norm, tries=1)
+    targets = (data.y + 1) % 3 if threat.targeted else None
+    return robustness(model, data, {"noise": noise}, threat, targets=targets, generator=generator(0))
 
 
 class Noisy(torch.autograd.Function):

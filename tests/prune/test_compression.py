@@ -96,6 +96,20 @@ def test_shares_are_those_of_the_plain_rule(sizes, part):
     assert shared(cut, sizes) == [first.count(i) for i in range(len(sizes))]
 
 
+@settings(max_examples=100, deadline=None)
+@given(SIZES, st.data())
+def test_shares_with_a_least_are_those_of_the_plain_rule(sizes, data):
+    least = [data.draw(st.integers(0, size)) for size in sizes]
+    turns = [((2 * j - 1) / size, i) for i, size in enumerate(sizes) for j in range(least[i] + 1, size + 1)]
+    cut = data.draw(st.integers(sum(least), sum(sizes)))
+    rest = [i for _, i in sorted(turns)[: cut - sum(least)]]
+    assert shared(cut, sizes, least=least) == [first + rest.count(i) for i, first in enumerate(least)]
+
+
+def test_a_least_beyond_the_cut_means_nothing():
+    assert shared(4, [6, 2], least=[0, 5]) == shared(4, [6, 2]) == [3, 1]
+
+
 def test_a_layer_without_weights_is_told_and_one_without_biases_is_not(tiny, images, gen):
     keep = {"a.weight": torch.zeros(3, dtype=torch.bool), "a.bias": torch.zeros(3, dtype=torch.bool)}
     assert collapsed(WeightMask(keep)) == ("a.weight",)

@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.errors import MethodError, ModelError
 from secateur.prune import apply_mask, carry_over, collapsed, parameter_masks, removed
-from secateur.prune.mask import compression, edited, joined, zeros
+from secateur.prune.mask import compression, edited, joined, still, zeros
 from secateur.types import ChannelMask, SoftMask, WeightMask
 
 HALF = torch.tensor([True, False, True, False])
@@ -198,7 +198,7 @@ def test_removed_never_grows_when_carried_over(keep, data):
     assert sum(removed(left).values()) == int((~keep[stays]).sum())
 
 
-def test_what_is_zero_was_cut_but_for_a_bias_of_zeros_throughout(tiny):
+def test_what_is_zero_was_cut_but_for_what_was_initialised_so(tiny):
     model = tiny()
     assert zeros(model).keep == {}
     with torch.no_grad():
@@ -206,9 +206,21 @@ def test_what_is_zero_was_cut_but_for_a_bias_of_zeros_throughout(tiny):
         model.net.bn1.weight[2] = 0
         model.net.bn1.bias[2] = 0
         model.net.bn2.bias.zero_()
+        model.net.bn3.weight.zero_()
+        model.net.linear.weight.zero_()
+        model.net.conv3.weight.zero_()
     found = zeros(model)
-    assert removed(found) == {"conv1.weight": 1, "bn1.weight": 1, "bn1.bias": 1}
+    assert removed(found) == {"conv1.weight": 1, "bn1.weight": 1, "bn1.bias": 1, "conv3.weight": 1152}
     assert not bool(found.keep["conv1.weight"][1, 0, 0, 0])
+
+
+def test_of_what_was_cut_before_that_counts_which_is_still_zero(tiny):
+    model, after = tiny(), tiny()
+    with torch.no_grad():
+        model.net.conv1.weight[:2] = 0
+        after.net.conv1.weight[0] = 0
+    assert torch.equal(still(zeros(model), after).keep["conv1.weight"], zeros(after).keep["conv1.weight"])
+    assert still(zeros(model), tiny(width=8)).keep == {}
 
 
 def test_two_cuts_are_joined_and_counted(tiny):

@@ -134,6 +134,19 @@ def test_without_healing_rounds_of_magnitudes_are_one_shot_and_with_it_they_are_
     assert any(not torch.equal(healed.mask.keep[name], once[name]) for name in once)
 
 
+def test_what_began_at_zero_is_trained_again_after_rewinding(trained, images, tiny):
+    start = tiny(seed=7)
+    with torch.no_grad():
+        start.net.bn2.weight.zero_()
+        start.net.conv1.weight[:, 0, 0] = 0
+    sentence = Sentence(l1, Compression(2, total_of(trained)), scope="global")
+    ticket = prune_in_rounds(trained, images, sentence, rounds=1, heal=RECIPE, rewind=start, generator=generator(0))
+    assert bool(ticket.model.net.bn2.weight.any())
+    kept = ticket.mask.keep["conv1.weight"]
+    assert bool(kept[:, 0, 0].any())
+    assert torch.equal(ticket.model.net.conv1.weight != 0, kept)
+
+
 @pytest.fixture
 def early(tiny):
     return tiny(seed=7)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.attack import eot, pgd, through_wrappers
+from secateur.attack import eot, pgd, through_rounding, through_wrappers
 from secateur.compress import quantise
 from secateur.errors import MethodError
 from secateur.measure import predict
@@ -180,20 +180,24 @@ def test_what_is_adaptive_follows_from_what_the_network_has(tiny, monkeypatch):
     assert sparsify(rounded, below=0.1).forward is through_wrappers
 
 
+def slope_of(model, forward, x):
+    points = x.clone().requires_grad_()
+    return torch.autograd.grad(forward(model, points).sum(), [points])[0]
+
+
 def test_a_clamp_has_two_gradients(tiny, images):
     clamped = wrap(tiny(), [{"after": "bn1", "kind": "clamp", "low": -1.0, "high": 1.0}])
     assert adaptives(clamped) == {"passed": through_wrappers, "clamped": None}
     assert adaptive(clamped) is through_wrappers
     both = wrap(clamped, [{"after": "bn2", "kind": "round", "decimals": 1}])
-    assert adaptives(both) == {"": through_wrappers}
+    assert adaptives(both) == {"passed": through_wrappers, "clamped": through_rounding}
+    x = torch.rand(2, *images.shape)
+    true, passed = slope_of(both, through_rounding, x), slope_of(both, through_wrappers, x)
+    assert [bool(slope.any()) for slope in (slope_of(both, lambda net, x: net(x), x), true, passed)] == [False, True, True]
+    assert not torch.equal(true, passed)
     rounded = adaptives(quantise(clamped, images))
     assert set(rounded) == {f"{name}, {inner}" for name in get_args(Backward) for inner in ("passed", "clamped")}
-    x = torch.rand(2, *images.shape)
-    slopes = []
-    for forward in rounded.values():
-        points = x.clone().requires_grad_()
-        [slope] = torch.autograd.grad(forward(quantise(clamped, images), points).sum(), [points])
-        slopes.append(slope)
+    slopes = [slope_of(quantise(clamped, images), forward, x) for forward in rounded.values()]
     assert not any(torch.equal(one, other) for one, other in combinations(slopes, 2))
 
 

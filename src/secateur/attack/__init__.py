@@ -3,7 +3,7 @@
 Each takes a network, images in [0, 1] and labels, and returns images; none changes the network. See ``docs/evasion.md``.
 """
 
-from .adaptive import bpda, eot, through_quantisation, through_wrappers
+from .adaptive import bpda, eot, through_quantisation, through_rounding, through_wrappers
 from .diva import diva
 from .ensemble import apgd, autoattack
 from .fgsm import fgsm
@@ -25,6 +25,7 @@ __all__ = [
     "random_noise",
     "square",
     "through_quantisation",
+    "through_rounding",
     "through_wrappers",
     "ti_fgsm",
 ]

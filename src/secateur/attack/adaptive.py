@@ -62,6 +62,12 @@ def through_wrappers(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
+def through_rounding(model: nn.Module, x: Tensor) -> Tensor:
+    """Answer with the gradient of the network without its rounding of feature maps; that of its clamps is the true one."""
+    with passing_through(("round",)):
+        return model(x)
+
+
 def through_quantisation(backward: Backward = "clipped", *, forward: Forward | None = None) -> Forward:
     """Return a forward for a quantised network (`compress.quantise`): exact values, with one of three gradients of rounding.
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import state
-from ..errors import MethodError, ModelError, check_choice, check_range
+from ..errors import MethodError, check_choice, check_range
 from .ball import Ball, Norm
 from .common import attack, check_numbers
 from .losses import DLR_CLASSES, Aim, Loss, together
-from .network import NO_GRADIENT, Forward, Network, check_finite
+from .network import Forward, Network, check_finite, no_gradient
 from .square import search
 
 Version = Literal["standard", "plus", "rand"]
@@ -172,7 +172,7 @@ def _in_turn(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # nothing to differentiate
-            raise ModelError(NO_GRADIENT) from error
+            raise no_gradient(error) from error
         points = here.project(made.detach())
         broken = aim.reached(network.answers(points), y[rows])
         found[rows[broken]], rows = points[broken], rows[~broken]

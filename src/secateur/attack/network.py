@@ -22,10 +22,6 @@ from .losses import Aim, together
 Forward = Callable[[nn.Module, Tensor], Tensor]
 PROBED = 8  # images on which a copy must answer as the network does
 SAME = 1e-5  # largest difference of two logits that count as the same, relative to the largest
-NO_GRADIENT = (
-    "the network passes no gradient back to the images; give a differentiable twin (forward=bpda(twin)), or attack without "
-    "gradients ('square')"
-)
 WORTH = 256  # images through the network from which on a copy pays
 
 
@@ -79,9 +75,9 @@ class Network:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # an operation without a derivative
-            raise ModelError(NO_GRADIENT) from error
+            raise no_gradient(error) from error
         if slope is None:
-            raise ModelError(NO_GRADIENT)
+            raise no_gradient()
         unusable = ~slope.isfinite().all()
         self._unusable = unusable if self._unusable is None else self._unusable | unusable
         return aim.reached(logits.detach(), y), value.detach(), slope
@@ -90,6 +86,16 @@ class Network:
         """Raise `ModelError` unless all slopes so far were finite: asked once, because each answer waits for the device."""
         if self._unusable is not None and bool(self._unusable):
             raise ModelError("the network's gradient must be finite, got NaN or infinity; attack without gradients ('square')")
+
+
+def no_gradient(error: RuntimeError | None = None) -> ModelError:
+    """Return what to raise where no gradient comes back, with what torch says of it."""
+    said = next(iter(str(error).strip().splitlines()), "") if error else ""
+    why = f" ({said})" if said else ""
+    return ModelError(
+        f"the network passes no gradient back to the images{why}; give a differentiable twin (forward=bpda(twin)), or attack "
+        "without gradients ('square')"
+    )
 
 
 def check_finite(logits: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import MethodError, check_range
 from ..models import core
 from ..prune import Compression, Sentence, choose_layers, prunable_layers
+from ..prune.mask import removed, zeros
 from ..train import OnStep
 from ..types import Granularity, ImageSet, Repaired, Scores
 from .pruning import Precision, compressed, recovery
@@ -44,7 +45,7 @@ def redraw(
         clean: Labelled clean images: they heal, and tell the ranges of feature maps.
         target: All parameters over those left, >= 1; the classifier stays whole.
         layers: Which to draw anew: a place or names (see `prune.choose_layers`).
-        share: Of the weights of each of them, in [0, 1); what is left is at least one.
+        share: Of the weights of each of them, in [0, 1); what is left is at least one. Those cut before are among them.
         epochs: Of fine-tuning, >= 0. Without it the network is of no use.
         lr: Its learning rate, > 0, constant.
         precision: Of the fine-tuning.
@@ -66,11 +67,14 @@ def redraw(
         raise MethodError(f"layers='{layers}' are none before the classifier, which stays whole; name others")
     drawn = {name: math.floor(share * weights[f"{name}.weight"].numel()) for name in early}
     total = sum(parameter.numel() for parameter in core(model).parameters())
-    chance, wanted = sum(drawn.values()), total - round(total / target)
-    if chance > wanted:
+    wanted, gone = total - round(total / target), removed(zeros(model))
+    already = sum(count for name, count in gone.items() if name.removesuffix(".weight") not in drawn)
+    chance = sum(max(count, gone.get(f"{name}.weight", 0)) for name, count in drawn.items())
+    if chance + already > wanted:
+        cut_before = f" and {already:,} weights of others were cut before" if already else ""
         raise MethodError(
-            f"share={share:g} of the layers drawn anew is {chance:,} weights, and target={target:g} cuts {wanted:,} in all; "
-            "raise target or lower share"
+            f"share={share:g} of the layers drawn anew is {chance:,} weights{cut_before}, and target={target:g} "
+            f"cuts {wanted:,} in all; raise target or lower share"
         )
     sentence = Sentence(partial(_anew, drawn=drawn), Compression(target, total), layers=body, scope="global", order="smallest")
     return compressed(
@@ -81,11 +85,15 @@ def redraw(
 def _anew(
     model: nn.Module, clean: ImageSet, *, drawn: Mapping[str, int], granularity: Granularity, generator: torch.Generator
 ) -> Scores:
-    """Score by size, but so many weights of some layers, drawn at random, below all others, and the rest of those above."""
+    """Score by size, but so many weights of some layers, drawn at random, below all others, and the rest of those above.
+
+    Weights that are 0 were cut before, and are drawn first.
+    """
     weights = dict(core(model).named_parameters())
     sizes = {name: weights[f"{name}.weight"].detach().abs() for name in prunable_layers(model)}
     above = 1 + max(float(size.max()) for size in sizes.values())
     for name, count in drawn.items():
-        chosen = torch.randperm(sizes[name].numel(), generator=generator)[:count].to(sizes[name].device)
+        order = torch.randperm(sizes[name].numel(), generator=generator).to(sizes[name].device)
+        chosen = order[sizes[name].flatten()[order].bool().sort(stable=True).indices][:count]
         sizes[name] = (sizes[name] + above).flatten().index_fill(0, chosen, -1.0).reshape(sizes[name].shape)
     return Scores({f"{name}.weight": size for name, size in sizes.items()}, granularity)

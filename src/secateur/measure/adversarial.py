@@ -194,8 +194,12 @@ def logits_of(model: nn.Module, x: Tensor, classes: int, *, batch_size: int = 25
 
 
 def answers_of(logits: Tensor) -> Tensor:
-    """Return the predicted class of each image, int64 ``(n,)``; -1, which is never right, where a logit is not finite."""
-    return logits.argmax(dim=1).masked_fill(~logits.isfinite().all(dim=1), -1)
+    """Return the predicted class of each image, int64 ``(n,)``; -1, never right, where the largest logit is not finite.
+
+    A NaN counts as the largest; -inf is the logit of a class that is ruled out.
+    """
+    largest, found = logits.max(dim=1)
+    return found.masked_fill(~largest.isfinite(), -1)
 
 
 def check_images(data: ImageSet, attacks: Mapping[str, object] | None = None) -> None:

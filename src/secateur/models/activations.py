@@ -6,7 +6,7 @@ the network stay as they are, a copy has them too, and `unwrap` takes them off a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from ..errors import ModelError, unknown
 from ..state import evaluating
 from .wrapper import Classifier, core
-from .wrappers import check_wrappers
+from .wrappers import KINDS, check_wrappers
 
-_THROUGH: ContextVar[bool] = ContextVar("gradients pass through edits of feature maps", default=False)
+_THROUGH: ContextVar[Collection[str]] = ContextVar("kinds of edits of feature maps that gradients pass through", default=())
 
 
 class ActivationEdit:
@@ -42,7 +42,7 @@ class ActivationEdit:
             edited = output.round(decimals=self.fields["decimals"])
         else:
             edited = output.clamp(self.fields["low"], self.fields["high"])
-        return through(output, edited) if _THROUGH.get() else edited
+        return through(output, edited) if self.fields["kind"] in _THROUGH.get() else edited
 
 
 class _Through(torch.autograd.Function):
@@ -65,9 +65,9 @@ def through(value: Any, edited: Any) -> Any:
 
 
 @contextmanager
-def passing_through() -> Iterator[None]:
-    """Let gradients pass edits of feature maps as if there were none; values stay exact."""
-    token = _THROUGH.set(True)
+def passing_through(kinds: Collection[str] = tuple(KINDS)) -> Iterator[None]:
+    """Let gradients pass edits of feature maps of these kinds as if there were none; values stay exact."""
+    token = _THROUGH.set(kinds)
     try:
         yield
     finally:

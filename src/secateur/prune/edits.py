@@ -8,7 +8,7 @@ what the network has                        `adaptive`
 ==========================================  ======================================================================
 other weights (`sparsify clamp noise`)      None: its own gradient is true, an attack on it is adaptive as it stands
 rounded feature maps (``activations``)      `attack.through_wrappers`: exact values, gradient of the identity (BPDA)
-clamped feature maps                        the same, and None: the true gradient, 0 beyond the bounds
+clamped feature maps                        the same, and the true gradient, 0 beyond the bounds: None (`through_rounding`)
 quantised feature maps (``compress``)       `attack.through_quantisation`: exact values, gradient of the identity in range
 noise drawn at each forward (`Resampled`)   `attack.eot`: the mean over `DRAWS` draws
 several of these                            all of them, one within the other
@@ -31,7 +31,7 @@ from scipy.stats import normaltest
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..attack import eot, through_quantisation, through_wrappers
+from ..attack import eot, through_quantisation, through_rounding, through_wrappers
 from ..attack.network import Forward
 from ..errors import MethodError, check_choice, check_range, unknown
 from ..models import core, quantisation_of, wrappers_of
@@ -77,8 +77,8 @@ def adaptives(model: nn.Module) -> Mapping[str, Forward | None]:
     """
     kinds = {fields["kind"] for fields in wrappers_of(model)}
     found: dict[str, Forward | None] = {"": through_wrappers if kinds else None}
-    if kinds == {"clamp"}:  # with rounding among them the true gradient is 0
-        found = {"passed": through_wrappers, "clamped": None}
+    if "clamp" in kinds:
+        found = {"passed": through_wrappers, "clamped": through_rounding if "round" in kinds else None}
     if any(quantisation_of(module) is not None for module in model.modules()):
         found = {
             ", ".join(filter(None, (name, inner))): through_quantisation(name, forward=forward)

@@ -19,7 +19,7 @@ from ..forward import Incremental
 from ..measure import correct, paired_p, wilson
 from ..models.channels import trace_channels
 from ..train import OnStep, Recipe, train
-from ..types import Candidate, Granularity, HardMask, ImageSet, Rate, Repaired, Scores
+from ..types import Candidate, Granularity, HardMask, ImageSet, Rate, Repaired, Scores, WeightMask
 from . import magnitude
 from .layers import choose_layers, layer_of_site
 from .lipschitz import lipschitz
@@ -217,11 +217,15 @@ def apply_and_heal(
     clean: ImageSet,
     mask: HardMask,
     *,
+    before: WeightMask | None = None,
     heal: Recipe | None,
     on_step: OnStep | None = None,
     generator: torch.Generator,
 ) -> Repaired:
-    """Put a mask on a copy of ``model`` and, if asked, fine-tune it on ``clean`` with the mask held, and what was 0 before."""
+    """Put a mask on a copy of ``model`` and, if asked, fine-tune it on ``clean`` with the mask held, and what was cut before.
+
+    That is what is 0 in ``model`` (`mask.zeros`), unless ``before`` says otherwise.
+    """
     repaired = apply_mask(model, mask).eval()
     counts = removed(mask)
     at_cut = wilson(int(correct(repaired, clean).sum()), len(clean))
@@ -230,7 +234,7 @@ def apply_and_heal(
     log = {"removed": float(sum(counts.values())), "removed_share": share, "clean_accuracy_at_cut": at_cut.value}
     notes = [f"layer collapse: nothing is left of '{name}'" for name in collapsed(mask)]
     if heal is not None and heal.epochs > 0:
-        hold = parameter_masks(model, joined(model, mask, zeros(model)) or mask)
+        hold = parameter_masks(model, joined(model, mask, zeros(model) if before is None else before) or mask)
         repaired = train(repaired, clean, heal, hold=hold, on_step=on_step, on_note=notes.append, generator=generator)
     candidate = Candidate(share, sum(counts.values()), mask, at_cut)
     return Repaired(repaired, mask, (candidate,), log, tuple(notes))

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ..errors import ModelError, check_choice
 from ..models import core
 from ..types import ChannelMask, HardMask, Mask, SoftMask, WeightMask
+from .layers import prunable_layers
 
 Edit = Literal["weight+bias", "weight"]
+SEEN = 1.005  # compression that is more than a few stray zeros
 
 
 def parameter_masks(model: nn.Module, mask: HardMask, *, edit: Edit = "weight+bias") -> dict[str, Tensor]:
@@ -119,15 +121,23 @@ def removed(mask: HardMask) -> dict[str, int]:
 def zeros(model: nn.Module) -> WeightMask:
     """Return what was cut before, as a mask: every weight or bias that is exactly 0, which training by itself leaves none.
 
-    A bias of zeros throughout was never trained, and is not among them.
+    A bias, a norm's weights or a classifier of zeros throughout were initialised so, and are not among them. Rounding leaves
+    zeros too: of a network that was quantised before (`models.dequantised`) those count as cut.
     """
-    found = {}
+    found, classifier = {}, [f"{name}.weight" for name in prunable_layers(model)[-1:]]
     for name, parameter in core(model).named_parameters():
-        kind = name.rpartition(".")[2]
         keep = (parameter.detach() != 0).cpu()
-        if kind in ("weight", "bias") and not bool(keep.all()) and (kind == "weight" or bool(keep.any())):
+        initial = not bool(keep.any()) and (parameter.ndim == 1 or name in classifier)
+        if name.rpartition(".")[2] in ("weight", "bias") and not bool(keep.all()) and not initial:
             found[name] = keep
     return WeightMask(found)
+
+
+def still(mask: WeightMask, model: nn.Module) -> WeightMask:
+    """Return a mask that cuts what another cuts and what is 0 in ``model``, of the same shape."""
+    zero = {name: (parameter.detach() == 0).cpu() for name, parameter in core(model).named_parameters()}
+    kept = {name: keep for name, keep in mask.keep.items() if name in zero and zero[name].shape == keep.shape}
+    return WeightMask({name: keep | ~zero[name] for name, keep in kept.items()})
 
 
 def joined(model: nn.Module, mask: HardMask | None, before: WeightMask) -> HardMask | None:

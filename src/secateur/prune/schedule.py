@@ -21,7 +21,7 @@ from ..models.weights import check_shapes, shapes_of
 from ..train import OnStep, Recipe
 from ..types import Candidate, Granularity, HardMask, ImageSet, Repaired, Scores, WeightMask
 from .grammar import Score, Sentence, apply_and_heal, prune
-from .mask import zeros
+from .mask import removed, zeros
 from .select import Amount, Compression, Count, FixedAmount, Fraction
 
 Pace = Literal["geometric", "cubic", "linear"]
@@ -61,7 +61,7 @@ def amount_at(final: Amount, part: float, pace: Pace) -> FixedAmount:
             raise MethodError("a geometric pace never cuts everything; give a fraction below 1, or another pace")
         return Fraction(_share(final.fraction, part, pace))
     check_range("compression", final.compression, 1, final.total)
-    return Compression(1 / (1 - _share(1 - 1 / final.compression, part, pace)), final.total)
+    return replace(final, compression=1 / (1 - _share(1 - 1 / final.compression, part, pace)))
 
 
 def _share(end: float, part: float, pace: Pace) -> float:
@@ -85,7 +85,8 @@ def prune_in_rounds(
     """Cut in rounds: score the network as it is now, cut some more, fine-tune with the mask held, and again.
 
     What is cut stays cut: in every round it ranks before all else, whatever its score, and so does what is 0 already in the
-    network given. The last round ends with exactly the amount of the sentence. One round is one-shot pruning.
+    network given (`mask.zeros`), which counts towards a `Compression`. The last round ends with exactly the amount of the
+    sentence. One round is one-shot pruning.
 
     To *rewind* is to go back, once a round's mask is found, and train again from there:
 
@@ -115,17 +116,19 @@ def prune_in_rounds(
     check_range("rounds", rounds, 1, 10_000)
     if rewind is not None and rounds > 1 and heal is None:
         raise MethodError("rounds that rewind need a recipe to train again with; give heal, or one round")
-    amounts = [amount_at(sentence.amount, (i + 1) / rounds, pace) for i in range(rounds)]
+    before, amount = zeros(model), sentence.amount
+    if isinstance(amount, Compression):
+        amount = replace(amount, before=removed(before))
+    amounts = [amount_at(amount, (i + 1) / rounds, pace) for i in range(rounds)]
     early = None if rewind is None else _rewound(model, rewind)
     path: list[Candidate] = []
-    before = zeros(model)
     sentence = replace(sentence, score=_after(sentence, before)) if before.keep else sentence
     healed = Repaired(model, None)
     for i, amount in enumerate(amounts):
         score = sentence.score if healed.mask is None else _after(sentence, _hard(healed.mask))
         found = prune(healed.model, clean, replace(sentence, score=score, amount=amount), generator=generator)
         start, told = healed.model if early is None else early, _progress(on_step, i, rounds)
-        healed = apply_and_heal(start, clean, _hard(found.mask), heal=heal, on_step=told, generator=generator)
+        healed = apply_and_heal(start, clean, _hard(found.mask), before=before, heal=heal, on_step=told, generator=generator)
         path += healed.path
     return Repaired(healed.model, healed.mask, tuple(path), {**healed.log, "rounds": float(rounds)}, healed.notes)
 

@@ -6,8 +6,9 @@ Only `Below` and `Outliers`, whose rules are thresholds, cut by value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction as Rational
 from typing import Literal
 
@@ -41,10 +42,17 @@ class Compression:
 
     Every parameter counts in ``total``; what has no score (biases, norms, layers left out) cannot be cut. With the scope
     ``layer`` each layer gives nearly the same share, and the sum is exact.
+
+    Attributes:
+        compression: What to reach, >= 1.
+        total: All parameters.
+        before: Name -> how many entries were cut before. They count; those that are ranked have an infinite score, so that
+            they go first.
     """
 
     compression: float
     total: int
+    before: Mapping[str, int] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -131,16 +139,23 @@ class Ranking:
         if isinstance(amount, Fraction):
             check_range("fraction", amount.fraction, 0, 1)
             return [int(amount.fraction * size + 1e-9) for size in sizes]
-        return shared(self._compress(amount), sizes)
+        return shared(self._compress(amount), sizes, least=self._gone())
 
     def _compress(self, amount: Compression) -> int:
         """Return how many entries go in all."""
         if self.scores.granularity != "weight":
             raise MethodError("a target compression needs weight scores; use a count or a fraction for channels")
         check_range("total", amount.total, self.size, 2**62)
-        most = amount.total / max(amount.total - self.size, 1)
+        elsewhere = sum(count for name, count in amount.before.items() if name not in self.scores.values)
+        most = amount.total / max(amount.total - elsewhere - self.size, 1)
         check_range("target compression", amount.compression, 1, most)
-        return min(self.size, amount.total - round(amount.total / amount.compression))
+        return min(self.size, max(0, amount.total - elsewhere - round(amount.total / amount.compression)))
+
+    def _gone(self) -> list[int]:
+        """Return how many entries of each pool go before any other: those of an infinite score."""
+        first = -math.inf if self.order == "smallest" else math.inf
+        values = torch.cat([v.flatten().cpu() for v in self.scores.values.values()])
+        return [int((values[pool] == first).sum()) for pool in self.pools]
 
     def _mask(self, flat: Tensor) -> HardMask:
         keep, start = {}, 0
@@ -150,12 +165,33 @@ class Ranking:
         return WeightMask(keep) if self.scores.granularity == "weight" else ChannelMask(keep)
 
 
-def shared(cut: int, sizes: Sequence[int]) -> list[int]:
+def shared(cut: int, sizes: Sequence[int], *, least: Sequence[int] | None = None) -> list[int]:
     """Share a cut among pools, each nearly in proportion to its size, so that the parts add up to it.
 
     By Webster's method: of ``(j - 1/2) / size`` over all pools and ``j = 1..size`` the smallest ``cut`` are taken, ties in
     order. So a larger cut never takes less from any pool, which rounding by largest remainders does not promise.
+
+    Args:
+        cut: How many go, at most the sum of ``sizes``.
+        sizes: Entries of each pool.
+        least: How many go from each pool in any case; without meaning where these alone are more than ``cut``.
     """
+    if least is None or sum(least) > cut:
+        least = [0] * len(sizes)
+    settled: set[int] = set()
+    while True:
+        rest = [i for i in range(len(sizes)) if i not in settled]
+        counts = list(least)
+        parts = _webster(cut - sum(least[i] for i in settled), [sizes[i] for i in rest])
+        for i, part in zip(rest, parts, strict=True):
+            counts[i] = part
+        short = {i for i in rest if counts[i] < least[i]}
+        if not short:
+            return counts
+        settled |= short
+
+
+def _webster(cut: int, sizes: Sequence[int]) -> list[int]:
     total = sum(sizes)
     counts = [(2 * cut * size + total) // (2 * total) if total else 0 for size in sizes]
     while (off := cut - sum(counts)) != 0:

@@ -19,7 +19,7 @@ from ..errors import MethodError, check_range
 from ..measure import correct, wilson
 from ..models import core
 from ..prune.mask import apply_mask
-from ..train import OnStep
+from ..train import OnStep, check_trainable
 from ..types import ImageSet, Repaired, SoftMask
 
 PIXELS = 3 * 32 * 32
@@ -108,8 +108,9 @@ class Masked:
         """Copy ``model``.
 
         Raises:
-            MethodError: It has no convolution.
+            MethodError: It has no convolution; or see `train.check_trainable`.
         """
+        check_trainable(model)
         self.network = deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._prefix = "" if core(model) is model else "net."
         modules = core(self.network).named_modules()

@@ -10,10 +10,16 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import ModelError
+from ..train import check_trainable
 
 
 def student_of(model: nn.Module) -> nn.Module:
-    """Return a copy to train: every parameter collects gradients, memory is channels-last; modes are as they were."""
+    """Return a copy to train: every parameter collects gradients, memory is channels-last; modes are as they were.
+
+    Raises:
+        MethodError: See `train.check_trainable`.
+    """
+    check_trainable(model)
     return deepcopy(model).requires_grad_(True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

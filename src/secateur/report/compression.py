@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from .parts import Cell, Record, Section, Table, rate_cell, text_cell
 from .wording import human, percent, plain, rate
 
-SEEN = 1.005  # compression that is more than a few stray zeros
-
 
 def headline(result: Record) -> str:
     """Return what was gained and what it cost."""
@@ -16,7 +14,7 @@ def headline(result: Record) -> str:
     found = result["details"]["compression"]
     earlier, now = found.get("times_before", 1), found.get("times", 1)
     times = f"{now:.3g} times fewer parameters" if now > earlier else "The same parameters"
-    times += f" ({earlier:.3g} before)" if now > earlier >= SEEN else ""
+    times += f" ({earlier:.3g} before)" if now > earlier and round(earlier, 2) > 1 else ""
     small = [human(value, "B") for value in found["encoded_bytes"]]
     return (
         f"{times}, {small[0]} to {small[1]} encoded; accuracy {percent(before['accuracy']['value'])} to "

@@ -25,7 +25,7 @@ from ..state import generator
 from ..train import OnNote, OnStep
 from ..types import ImageSet, Result
 from . import robust_records as told
-from .evading import GRADIENT_FREE, Entry, across, chosen
+from .evading import GRADIENT_FREE, TRANSFER, Entry, across, chosen
 from .records import check_better_than_chance, check_fit, describe, environment, inputs, measure, now, tool
 from .studying import look_inside
 
@@ -105,9 +105,9 @@ def attack(
         check_fit(network, data)
     before = measure(model, data, None, timed=True)
     check_better_than_chance(before, data)
-    start, threat = time.perf_counter(), ThreatModel(eps, norm, knowledge=_knowledge(entries))
-    phases = Phases(2 + bool(surrogate) + bool(budgets) + study, on_step, on_note)
     run = [*entries, *([across(surrogate, eps=eps, norm=norm)] if surrogate else [])]
+    start, threat = time.perf_counter(), ThreatModel(eps, norm, knowledge=_knowledge(run))
+    phases = Phases(2 + bool(surrogate) + bool(budgets) + study, on_step, on_note)
     bounds = {entry.name: entry.bound for entry in run}
     step = phases.next(f"attacking {len(data):,} images: {', '.join(bounds)}")
     found = robustness(model, data, bounds, threat, on_step=step, generator=generator(seed))
@@ -118,7 +118,7 @@ def attack(
     step = phases.next(f"checking what could make the figure wrong, on {min(images, len(data)):,} images")
     checked = sanity(
         model, data, eps=eps, norm=norm, images=images, attacks=judged, forward=next(iter(forwards.values())),
-        surrogate=surrogate, train=train, measured=found.outcomes, on_step=step, generator=generator(seed),
+        surrogate=surrogate, train=train, measured=found, on_step=step, generator=generator(seed),
     )  # fmt: skip
     checked = told.with_errors(checked, run)
     seconds["checks_seconds"] = phases.lap()
@@ -135,7 +135,9 @@ def attack(
         inside, why = look_inside(model, data, entries[0], threat, generator=generator(seed))
         seconds["study_seconds"] = phases.lap()
     seconds = {"seconds": time.perf_counter() - start, **seconds}
-    notes = [f"{entry.name} could not run: {entry.error}" for entry in run if entry.error]
+    notes = [
+        f"{entry.name} could not run on {entry.lost:,} of {len(data):,} images: {entry.error}" for entry in run if entry.lost
+    ]
     findings = told.findings(checked)
     args = {"eps": eps, "norm": norm, "methods": [entry.name for entry in run], "images_checked": min(images, len(data)),
             "sweep": list(budgets)}  # fmt: skip
@@ -166,10 +168,12 @@ def attack(
 
 def _knowledge(entries: Sequence[Entry]) -> Knowledge:
     """Return what the most knowing of some attacks is told of the network."""
-    names = {entry.row.name for entry in entries if entry.row}
-    if names - {*GRADIENT_FREE}:
+    names = {entry.row.name if entry.row else TRANSFER for entry in entries}
+    if names - {*GRADIENT_FREE, TRANSFER}:
         return "white-box"
-    return "black-box" if "square" in names else "none"
+    if "square" in names:
+        return "black-box"
+    return "transfer" if TRANSFER in names else "none"
 
 
 def _check(data: ImageSet, eps: float, norm: Norm, sweep: Sequence[float] | None, images: int) -> tuple[float, ...]:

@@ -21,10 +21,10 @@ from ..measure import TransferMatrix, correct, latencies_ms, latency_ms, transfe
 from ..measure.adversarial import ThreatModel, craft
 from ..methods import Method, get, parameters, settings
 from ..models import Classifier, quantisation_of
-from ..prune.mask import compression, hard, joined, zeros
+from ..prune.mask import compression, hard, joined, still, zeros
 from ..state import generator
 from ..train import OnNote, OnStep
-from ..types import ImageSet, Repaired, Result
+from ..types import HardMask, ImageSet, Repaired, Result
 from .evading import adaptive_attack, divergence_attack
 from .records import (
     NetworkRun,
@@ -130,7 +130,11 @@ def compress(
     done, before_cut = made[AFTER], zeros(model)
     final = done.model
     assert isinstance(final, Classifier)
-    mask = joined(model, hard(done.mask), before_cut)
+
+    def cut(done: Repaired) -> HardMask | None:
+        return joined(model, hard(done.mask), still(before_cut, done.model))
+
+    mask = cut(done)
     times = compression(model, before_cut), compression(model, mask)
     attacked = measured
     if images < len(measured):
@@ -143,7 +147,7 @@ def compress(
     if others:
         whole = {BEFORE: (before["accuracy"], small["encoded_bytes"][0]), AFTER: (after["accuracy"], small["encoded_bytes"][1])}
         rest = {name: (_share(correct(networks[name], measured)), len(encode(networks[name]))) for name in others}
-        small["choices"] = _choices(whole | rest, matrix, times[1])
+        small["choices"] = _choices(whole | rest, matrix, {name: compression(model, cut(done)) for name, done in made.items()})
     step = {"method": row.name, "version": row.version, "args": chosen}
     result = Result(
         kind="compress",
@@ -227,18 +231,18 @@ def _share(right: torch.Tensor) -> dict[str, Any]:
 
 
 def _choices(
-    measured: Mapping[str, tuple[Mapping[str, Any], int]], matrix: TransferMatrix, times: float
+    measured: Mapping[str, tuple[Mapping[str, Any], int]], matrix: TransferMatrix, times: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Return what each choice of a target would leave, the network before first, the one asked for second.
 
     Args:
         measured: Name -> accuracy and encoded bytes.
         matrix: Of all the networks.
-        times: Compression of the one asked for.
+        times: Name -> compression that was reached; not of the network before.
     """
     return [
         {
-            "name": f"{times:.3g}x" if name == AFTER else name,
+            "name": f"{times[name]:.3g}x" if name in times else name,
             "encoded_bytes": size,
             "accuracy": accuracy,
             "white_box": _left(matrix, name),

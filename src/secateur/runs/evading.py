@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -31,6 +32,7 @@ GRADIENT_FREE = ("square", "random-noise")
 PLAIN: Mapping[str, Forward | None] = {"": None}
 OURS = ("eps", "norm", "targeted")
 TRANSFER = "transfer (mi-fgsm)"
+PATIENCE = 24  # failures in a row; to find one bad image among 256 takes 9
 
 
 @dataclass
@@ -42,8 +44,7 @@ class Entry:
         bound: The attack with its settings, watched.
         row: Its row in the table of methods; None of images made on the surrogate.
         seconds: How long it ran, all its calls together.
-        error: Why it could not run, on some images or on all; empty if it could.
-        lost: How many images it could not run on.
+        reasons: Why it could not run -> on how many images.
         plain: The attack as it is, not watched: it raises.
     """
 
@@ -51,37 +52,55 @@ class Entry:
     bound: Bound
     row: Method | None = None
     seconds: float = field(default=0.0, compare=False)
-    error: str = field(default="", compare=False)
-    lost: int = field(default=0, compare=False)
+    reasons: Counter[str] = field(default_factory=Counter, compare=False)
     plain: Bound = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         self.plain = self.bound
         self.bound = Bound(self._watched(self.bound.attack), self.bound.settings)
 
+    @property
+    def lost(self) -> int:
+        """On how many images it could not run."""
+        return self.reasons.total()
+
+    @property
+    def error(self) -> str:
+        """Why it could not run, on most of those images; empty if it could run on all."""
+        return next((reason for reason, _ in self.reasons.most_common(1)), "")
+
     def _watched(self, attack: Any) -> Any:
-        """Return the attack, timed; images for which it gets no gradient it leaves alone, so that all others still run."""
+        """Return the attack, timed; images that it cannot run on it leaves alone, so that all others are still attacked."""
 
         @wraps(attack)
         def run(model: nn.Module, x: Tensor, y: Tensor, **given: Any) -> Tensor:
             start = time.perf_counter()
             try:
-                return self._halved(attack, model, x, y, **given)
+                return self._in_parts(attack, model, x, y, **given)
             finally:
                 self.seconds += time.perf_counter() - start
 
         return run
 
-    def _halved(self, attack: Any, model: nn.Module, x: Tensor, y: Tensor, **given: Any) -> Tensor:
-        """Attack; where that fails each half apart, so that a batch is not lost for one image without an answer."""
-        try:
-            return attack(model, x, y, **given)
-        except ModelError as problem:
-            if len(x) > 1:
-                parts = zip(x.tensor_split(2), y.tensor_split(2), strict=True)
-                return torch.cat([self._halved(attack, model, *part, **given) for part in parts])
-            self.error, self.lost = str(problem), self.lost + 1
-            return x
+    def _in_parts(self, attack: Any, model: nn.Module, x: Tensor, y: Tensor, **given: Any) -> Tensor:
+        """Attack; where that fails each half apart, so that a batch is not lost for one image without an answer.
+
+        After `PATIENCE` failures in a row parts are no longer halved: then hardly any image has what the attack needs.
+        """
+        made, failures, parts = [], 0, [(x, y)]
+        while parts:
+            images, labels = parts.pop(0)
+            try:
+                made.append(attack(model, images, labels, **given))
+                failures = 0
+            except ModelError as problem:
+                failures += 1
+                if len(images) > 1 and failures < PATIENCE:
+                    parts = [*zip(images.tensor_split(2), labels.tensor_split(2), strict=True), *parts]
+                else:
+                    self.reasons[str(problem)] += len(images)
+                    made.append(images)
+        return torch.cat(made)
 
 
 def chosen(

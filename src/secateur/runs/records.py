@@ -61,7 +61,8 @@ def compare(
     ``before`` is what `measure` returned of ``model``, ``after`` what it does of ``final``. Both networks are timed
     here, in turns: between the two the machine may have become busier.
     """
-    own, other = latencies_ms([model, final], data.shape, repeats=TIMED)
+    with seeded(generator(0)):  # for networks that draw
+        own, other = latencies_ms([model, final], data.shape, repeats=TIMED)
     return {**before, "latency_ms": own}, measure(final, data, trigger) | {"latency_ms": other}
 
 

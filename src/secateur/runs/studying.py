@@ -56,11 +56,12 @@ def look_inside(
     [rows] = stratified(data.y, [min(images, len(data))], generator=generator)
     places = rows.sort().values
     some, after = data.subset(places), _spread(stages(model))
+    own = Entry(entry.name, entry.plain, entry.row)
     try:
         with state.seeded(generator):  # for networks that draw
-            adversarial, answers = _attacked(model, some, entry, threat, batch_size, generator)
-            if entry.error:
-                return None, f"{entry.name} could not run: {entry.error}"
+            adversarial, answers = _attacked(model, some, own, threat, batch_size, generator)
+            if own.lost:
+                return None, f"{own.name} could not run on {own.lost} of {len(some)} images: {own.error}"
             shifts = layer_study(model, some.x, adversarial, after=after, bins=BINS, batch_size=batch_size)
         weights = stage_weights(model, after=after, bins=BINS)
     except ModelError as problem:

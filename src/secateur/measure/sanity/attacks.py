@@ -248,8 +248,8 @@ def better_than_noise(e: Evidence) -> Verdict:
     2019, arXiv:1902.06705, on brute force).
 
     PASS: PGD comes nearer to an error on most images, beyond chance, or breaks all of them.
-    WARN: on most in count only.
-    FAIL: not on most, unless it leaves a point at most, where single images decide.
+    WARN: on most in count only; or not on most, where PGD leaves a point at most and single images decide.
+    FAIL: not on most, and PGD leaves more than that.
     """
     pgd, noise = run_of(e, "pgd", "random noise")
     ahead, behind = wins(pgd.margin, noise.margin)

@@ -16,7 +16,7 @@ from ...errors import MethodError, check_range
 from ...types import ImageSet
 from ..adversarial import Attack, ThreatModel, check_images
 from ..intervals import wilson
-from ..robustness import Outcomes
+from ..robustness import Robustness
 from .evidence import OURS, Settings
 from .gather import gather
 from .judging import standing
@@ -40,7 +40,7 @@ def sanity(
     forward: Forward | None = None,
     surrogate: nn.Module | None = None,
     train: ImageSet | None = None,
-    measured: Outcomes | None = None,
+    measured: Robustness | None = None,
     batch_size: int = 256,
     on_step: Callable[[int, int], None] | None = None,
     generator: torch.Generator,
@@ -64,7 +64,7 @@ def sanity(
         forward: What gradient attacks call in place of the network (`bpda`, `eot`); answers are always the network's.
         surrogate: Another network, such as the one before repair, whose images are tried on this one.
         train: Images that the network was trained on, to count those that are measured on too.
-        measured: What `robustness` found on these images: the figure that is judged.
+        measured: What `robustness` found on these images at this budget, untargeted: the figure that is judged.
         batch_size: Images at once, >= 1.
         on_step: Called with ``(step, steps)``, a step being one attack.
         generator: Source of all randomness, on the CPU.
@@ -82,17 +82,18 @@ def sanity(
     check_budget(eps, norm, features)
     if eps == 0:
         raise MethodError("eps must be above 0, got 0; accuracy without an attack is what evaluate measures")
-    if measured is not None and not torch.equal(measured.y, data.y):
-        raise MethodError(f"the figure must be one on the same {len(data)} images, got one on {len(measured.y)} others")
+    threat = ThreatModel(eps, norm)
+    if measured is not None:
+        _check_figure(measured, data, threat)
     if clash := sorted(attacks.keys() & {*OURS}):
         raise MethodError(f"attacks need names other than ours ({', '.join(OURS)}), got {clash[0]}")
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     [rows] = stratified(data.y, [min(images, len(data))], generator=generator)
-    settings = Settings(ThreatModel(eps, norm), steps, step_size, queries, forward, batch_size, features, seed)
+    settings = Settings(threat, steps, step_size, queries, forward, batch_size, features, seed)
     evidence = gather(
         model, data.subset(rows), rows, settings, attacks=attacks, surrogate=surrogate, train=train, on_step=on_step
     )
-    evidence = replace(evidence, measured=measured)
+    evidence = replace(evidence, measured=measured.outcomes if measured else None)
     checks = tuple(rule.check(evidence) for rule in RULES)
     return Sanity(
         checks=checks,
@@ -103,6 +104,15 @@ def sanity(
         budgets=evidence.budgets,
         seed=seed,
     )
+
+
+def _check_figure(measured: Robustness, data: ImageSet, threat: ThreatModel) -> None:
+    """Raise unless the figure is one on these images under this threat model."""
+    y, got = measured.outcomes.y, measured.threat
+    if not torch.equal(y, data.y):
+        raise MethodError(f"the figure must be one on the same {len(data)} images, got one on {len(y)} others")
+    if (got.eps, got.norm, got.targeted) != (threat.eps, threat.norm, False):
+        raise MethodError(f"the figure must be one under the same threat model ({threat}), got one under {got}")
 
 
 def _check(*, steps: int, step_size: float | None, queries: int, images: int, batch_size: int) -> None:

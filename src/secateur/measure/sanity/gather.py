@@ -201,5 +201,6 @@ def draws(model: nn.Module, data: ImageSet, settings: Settings) -> bool:
     if settings.forward is None:
         return False
     device = next((parameter.device for parameter in model.parameters()), data.x.device)
+    few = to_float(data.x[:2]).to(device)  # two: some networks take no image alone
     with state.evaluating(model), torch.no_grad():
-        return settings.forward(model, to_float(data.x[:1]).to(device)).ndim == 3
+        return Network(model, settings.forward, torch.contiguous_format)(few).ndim == 3
