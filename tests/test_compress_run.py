@@ -11,16 +11,17 @@ import torch
 
 from secateur import runs
 from secateur.cli import run
-from secateur.compress import encode
+from secateur.compress import Runtime, encode
 from secateur.compress.pruning import pruning
-from secateur.data import save_npz
+from secateur.data import load_data, save_npz
 from secateur.errors import MethodError
-from secateur.measure import correct
+from secateur.measure import correct, predict
 from secateur.methods import get
 from secateur.models import core, load_bundle, quantisation_of, save
 from secateur.report import to_html
 from secateur.report.compression import headline
 from secateur.state import generator
+from secateur.types import to_float
 
 EPS = 0.3
 
@@ -88,6 +89,12 @@ def test_other_targets_are_measured_alike(trained, bars, done):
     assert page.count('class="chosen ') == 2
     with pytest.raises(MethodError, match=r"further targets must be different, and other than the target"):
         runs.compress(trained, bars(90, 1), target=2.0, also=(2.0,))
+
+
+def test_another_target_that_breaks_the_network_is_told(trained, bars):
+    given = {"arguments": {"epochs": 0, "score": "random"}, "test": bars(60, 2), "eps": EPS, "images": 5}
+    wide = runs.compress(trained, bars(30, 1), target=1.1, also=(25.0,), **given)
+    assert any(note.startswith("25x: no better than chance") for note in wide.result.details["notes"])
 
 
 def test_images_can_set_the_networks_apart(done, trained, bars):
@@ -164,6 +171,16 @@ def test_the_verb_writes_a_bundle_that_keeps_its_zeros(files, capsys, schema):
     assert "UNDER ATTACK, BEFORE AND AFTER" in out
     model = load_bundle(files / "out")
     assert quantisation_of(model).weight_bits == 8
+    bars = load_data("test.npz")
+    answers = Runtime(files / "out" / "model-int8.onnx")(to_float(bars.x))
+    assert float((answers.argmax(dim=1) == predict(model, bars)).double().mean()) > 0.95
+    assert (files / "out" / "model-int8.onnx").stat().st_size == record["details"]["compression"]["runtime"]["bytes"]
+    assert run(["info", "out"]) == 0
+    told = capsys.readouterr().out
+    assert "step        pruning 1 (bits=8, epochs=" in told
+    assert "quantised   weights to 8 bit, feature maps to 8 bit" in told
+    assert "masks       what was cut is in masks.safetensors" in told
+    assert f"ancestor    {record['inputs'][0]['sha256']}" in told
     zeros = sum(int((value == 0).sum()) for value in core(model).parameters())
     assert zeros >= sum(layer["removed"] for layer in record["details"]["layers"]) > 0
     assert run(["report", "out", "--format", "md"]) == 0
@@ -189,6 +206,9 @@ def test_a_method_that_cuts_a_share_gets_the_share_of_a_target():
         (["--target", "2x", "--also", "2x"], "further targets must be different, and other than the target"),
         (["--method", "gab"], "did you mean 'gap'"),
         (["--target", "1000x"], "target compression must lie in"),
+        (["--target", "4x", "--set", "target=2"], "target is given twice, as 4 and 2; give it once"),
+        (["--int8", "--set", "bits=4"], "bits is given twice, as 8 and 4"),
+        (["--method", "hydra", "--target", "4x", "--set", "fraction=0.5"], "fraction is given twice, as 0.75 and 0.5"),
     ],
 )
 def test_mistakes_are_one_line(files, capsys, more, said):

@@ -13,6 +13,7 @@ from .options import Flag, ModelFlags, Output, RunFlags, Settings, Targets, assi
 from .repair import check_gates, gates, show, write
 
 NO_MODEL_FLAGS = ModelFlags()
+ONNX = "model-int8.onnx"
 NO_RUN_FLAGS = RunFlags()
 
 
@@ -40,7 +41,8 @@ def compress(
     """Compress a network with a little clean data, and say what that does to accuracy, size and robustness.
 
     Writes a bundle with a report: accuracy and robustness (PGD) before and after, how images made on the network before fool
-    the one after and the other way round, and sizes. Zeros of single weights make no dense file smaller.
+    the one after and the other way round, and sizes. Of 8 bit it writes the integer file, too (model-int8.onnx). Zeros of
+    single weights make no dense file smaller.
 
     Args:
         model: Bundle folder or checkpoint.
@@ -72,7 +74,7 @@ def compress(
 
     arguments = assignments(set)
     row = get("compressor", method)
-    settings(row, {**arguments, **runs.asked(row, times, 8 if int8 else bits)})
+    settings(row, {**arguments, **runs.asked(row, times, 8 if int8 else bits, arguments)})
     for each in further:
         runs.asked(row, each, None)
     device = run_flags.set_up()
@@ -98,6 +100,10 @@ def compress(
     home = folder or run_folder("compress", sys.argv[1:])
     bundle = home if folder else home / "model"
     write(run, home, bundle, ancestor=run.result.inputs[0]["sha256"], earlier=reading.facts.get("steps", ()))
+    if "agreement" in run.result.details["compression"].get("runtime", {}):
+        from ..compress import export_onnx
+
+        export_onnx(run.model.cpu(), home / ONNX, overwrite=True)
     show(run.result, json=run_flags.json)
     if not run_flags.quiet:
         say(f"written to {home}: open {home / 'report.html'}")

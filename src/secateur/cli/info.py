@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SHOWN = 12
 FACTS = 12
+BUNDLE = ("arch", "input", "classes", "steps", "wrappers", "masks", "bits", "ancestor_sha256")
 HEADLINES = {
     "readable": "readable here, running nothing of it",
     "refused": "REFUSED: do not load this file where it can run code",
@@ -91,8 +92,9 @@ def _lines(found: Inspection, all: bool) -> Iterator[str]:
         kinds = sorted({tensor.dtype for tensor in found.tensors})
         yield f"  tensors     {len(found.tensors)} with {found.parameters:,} values, {', '.join(kinds)}"
     for key, value in list(found.facts.items())[: None if all else FACTS]:
-        if key not in ("arch", "input", "classes", "steps", "wrappers"):
+        if key not in BUNDLE or found.format != "bundle":
             yield f"  {_text(key)[:11]:<11} {_text(str(value))}"
+    yield from _bundle(found) if found.format == "bundle" else ()
     if wrappers := [_wrapper(wrapper) for wrapper in _wrappers(found)]:
         shown = wrappers if all else wrappers[:FACTS]
         left = len(wrappers) - len(shown)
@@ -121,6 +123,19 @@ def _network(architecture: Any) -> str:
         return f"of its author's code {_text(str(architecture['factory'].get('ref')))}"
     arguments = ", ".join(f"{key}={value}" for key, value in architecture["kwargs"].items())
     return f"{_text(architecture['name'])}({_text(arguments)})"
+
+
+def _bundle(found: Inspection) -> Iterator[str]:
+    """Return what was done to the network of a bundle, and what it came from."""
+    for step in found.facts.get("steps", ()):
+        arguments = ", ".join(f"{name}={value}" for name, value in step["args"].items())
+        yield f"  step        {_text(step['method'])} {step['version']} ({_text(arguments)})"
+    if bits := found.facts.get("bits"):
+        yield f"  quantised   weights to {bits['weight']} bit, feature maps to {bits['activation']} bit"
+    if found.facts.get("masks"):
+        yield "  masks       what was cut is in masks.safetensors"
+    if ancestor := found.facts.get("ancestor_sha256"):
+        yield f"  ancestor    {_text(ancestor)} (sha256 of what it was made of)"
 
 
 def _wrappers(found: Inspection) -> Sequence[Mapping[str, Any]]:

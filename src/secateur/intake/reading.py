@@ -106,7 +106,8 @@ def _bundle(path: Path) -> Reading:
     told = [] if fields["arch"]["factory"] is None else [Finding("LOD-006", "needs code of its author to be rebuilt")]
     if reading.format != "safetensors" and not reading.problem:
         reading = replace(reading, problem=f"a bundle's weights must be safetensors, got {reading.format}")
-    facts = {key: fields[key] for key in ("arch", "input", "classes", "steps", "ancestor_sha256", "wrappers")}
+    facts = {key: fields[key] for key in ("arch", "input", "classes", "steps", "ancestor_sha256", "wrappers", "masks")}
+    facts["bits"] = {key: fields["quant"][f"{key}_bits"] for key in ("weight", "activation")} if fields["quant"] else None
     return replace(reading, path=path, format="bundle", findings=(*reading.findings, *told), facts=facts)
 
 

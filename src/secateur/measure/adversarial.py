@@ -54,7 +54,8 @@ class ThreatModel:
         levels = self.eps * 255
         whole = f" ({round(levels)}/255)" if self.norm == "linf" and abs(levels - round(levels)) < 1e-6 else ""
         aim = "targeted" if self.targeted else "untargeted"
-        return f"{self.norm} eps={self.eps:.4g}{whole} of pixels in [0, 1], {aim}, {self.knowledge}"
+        knows = "blind" if self.knowledge == "none" else self.knowledge
+        return f"{self.norm} eps={self.eps:.4g}{whole} of pixels in [0, 1], {aim}, {knows}"
 
 
 @dataclass(frozen=True)

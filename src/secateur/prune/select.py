@@ -148,7 +148,10 @@ class Ranking:
         check_range("total", amount.total, self.size, 2**62)
         elsewhere = sum(count for name, count in amount.before.items() if name not in self.scores.values)
         most = amount.total / max(amount.total - elsewhere - self.size, 1)
-        check_range("target compression", amount.compression, 1, most)
+        if not 1 <= amount.compression <= most:
+            raise MethodError(
+                f"target compression must lie in [1, {math.floor(most * 100) / 100:g}], got {amount.compression:g}"
+            )
         return min(self.size, max(0, amount.total - elsewhere - round(amount.total / amount.compression)))
 
     def _gone(self) -> list[int]:

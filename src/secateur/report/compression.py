@@ -28,13 +28,15 @@ def sections(found: Record | None) -> tuple[Section, ...]:
     if found is None:
         return ()
     sizes = [Cell(human(value, "B"), f"{value:,} bytes", value) for value in found["encoded_bytes"]]
-    rows = [(text_cell("Zeros as a bitmap, whole numbers as bytes, compressed"), *sizes)]
-    lines, runtime = [], found.get("runtime")
+    rows = [(text_cell("Encoded: zeros as a bitmap, whole numbers as bytes, compressed"), *sizes)]
+    lines = ["The bundle keeps floating point and masks; secateur.compress.encode makes the encoded form."]
+    runtime = found.get("runtime")
     if runtime is not None and "why" in runtime:
-        lines = [f"No integer file: {plain(runtime['why'])}."]
+        lines.append(f"No integer file: {plain(runtime['why'])}.")
     elif runtime is not None:
-        rows.append((text_cell("8-bit ONNX file"), Cell(""), Cell(human(runtime["bytes"], "B"), "", runtime["bytes"])))
-        lines = [
+        size = Cell(human(runtime["bytes"], "B"), "", runtime["bytes"])
+        rows.append((text_cell("8-bit ONNX file, model-int8.onnx"), Cell(""), size))
+        lines += [
             f"ONNX Runtime gives the answer of the network here on {rate(runtime['agreement'])} of the images; "
             f"accuracy there {rate(runtime['accuracy'])}.",
             *_times(runtime),

@@ -44,8 +44,8 @@ def channels(stage: Record) -> str:
 def _moves(study: Record) -> Section:
     stages, n = study["stages"], study["images"]
     lines = [
-        f"Looked at: {n:,} images under {plain(study['attack'])}; {study['right']:,} of them are right without an attack, "
-        f"{study['stood']:,} under it."
+        f"Looked at: {n:,} images, attacked once more ({plain(study['attack'])}); {study['right']:,} of them are right without "
+        f"an attack, {study['stood']:,} under it."
     ]
     if most := most_moved(stages):
         moved = [stage for stage in stages if stage["l2"] is not None]

@@ -35,7 +35,7 @@ def sections(result: Record) -> tuple[Section, ...]:
     parts = (
         robustness.against(result["checks"]) if measured else _checks(result["checks"]),
         _findings([finding for finding in result["findings"] if not (measured and finding["rule"] in ids)]),
-        _outcome(result["before"], result["after"]),
+        _outcome(result["before"], result["after"], details),
         *(robustness.sections(measured) if measured else ()),
         *inside.sections(details.get("study")),
         *compression.sections(details.get("compression")),
@@ -72,7 +72,11 @@ def method_line(result: Record) -> str:
     """Return which method ran, with its seed and its time."""
     method = result["method"]
     seed = "" if method["seed"] is None else f", seed {method['seed']}"
-    return f"{plain(method['name'])} (version {method['version']}{seed}), {wording.seconds(result['cost']['seconds'])}"
+    took = wording.seconds(result["cost"]["seconds"])
+    if "robustness" in result["details"]:
+        return f"{plain(method['name'])} (procedure {method['version']}{seed}), {took}"
+    measuring = ", without the measuring" if result["after"] else ""
+    return f"{plain(method['name'])} (version {method['version']}{seed}), {took}{measuring}"
 
 
 def shorten(section: Section, *, rows: int, length: int) -> Section:
@@ -120,12 +124,13 @@ def _pairs(pairs: Mapping[str, str], head: tuple[str, str], caption: str) -> Tab
     return Table(head, tuple((text_cell(name), Cell(value)) for name, value in pairs.items()), caption)
 
 
-def _outcome(before: Record, after: Record) -> Section:
+def _outcome(before: Record, after: Record, details: Record) -> Section:
     if not before and not after:
         return Section("outcome", "What was measured")
     before, after = (before, after) if after else ({}, before)
     attacked = not before and after["adversarial_accuracy"] is not None
-    labels = {name: label for name, label in RATES.items() if not attacked or after.get(name)}
+    told = attacked or "compression" in details
+    labels = {name: label for name, label in RATES.items() if not told or after.get(name)}
     rows = [_rate_row(label, before.get(name), after.get(name)) for name, label in labels.items()]
     figures: list[Span | None] = [_span(before.get(name), after.get(name)) for name in labels]
     rows += [_cost_row(label, before, after, name, show) for name, (label, show) in COSTS.items()]

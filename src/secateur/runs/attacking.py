@@ -29,7 +29,7 @@ from .evading import GRADIENT_FREE, TRANSFER, Entry, across, chosen
 from .records import check_better_than_chance, check_fit, describe, environment, inputs, measure, now, tool
 from .studying import look_inside
 
-VERSION = 2  # of the procedure: goes up whenever the same arguments give another result
+VERSION = 3  # of the procedure: goes up whenever the same arguments give another result
 FEWEST = 10
 LOOKED_AT = 200  # images of the checks and of the curve
 SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -139,8 +139,8 @@ def attack(
         f"{entry.name} could not run on {entry.lost:,} of {len(data):,} images: {entry.error}" for entry in run if entry.lost
     ]
     findings = told.findings(checked)
-    args = {"eps": eps, "norm": norm, "methods": [entry.name for entry in run], "images_checked": min(images, len(data)),
-            "sweep": list(budgets)}  # fmt: skip
+    args = {**(arguments or {}), "eps": eps, "norm": norm, "methods": [entry.name for entry in run],
+            "images_checked": min(images, len(data)), "sweep": list(budgets)}  # fmt: skip
     result = Result(
         kind="attack",
         created=now(),

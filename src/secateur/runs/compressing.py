@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -97,8 +98,9 @@ def compress(
         ModelError: The images do not fit the network.
     """
     row = get("compressor", method)
-    chosen = settings(row, {**(arguments or {}), **asked(row, target, bits)})
-    others = {f"{times:g}x": settings(row, {**(arguments or {}), **asked(row, times, bits)}) for times in also}
+    given = dict(arguments or {})
+    chosen = settings(row, given | asked(row, target, bits, given))
+    others = {f"{times:g}x": settings(row, given | asked(row, times, bits)) for times in also}
     if len(others) < len(also) or chosen in others.values():
         raise MethodError("further targets must be different, and other than the target")
     check_range("eps", eps, 1e-12, 1)
@@ -142,11 +144,14 @@ def compress(
     tell(f"attacking {len(attacked):,} images with {len(networks)} networks")
     matrix = _transfer(networks, attacked, eps, seed)
     before, after = compare(before, model, final, measured, None)
-    broken = (BROKEN,) if is_chance(after, measured) else ()
+    broken = [BROKEN] if is_chance(after, measured) else []
     small = _compression(model, final, measured, matrix, times)
     if others:
         whole = {BEFORE: (before["accuracy"], small["encoded_bytes"][0]), AFTER: (after["accuracy"], small["encoded_bytes"][1])}
         rest = {name: (_share(correct(networks[name], measured)), len(encode(networks[name]))) for name in others}
+        lost = [name for name, (accuracy, _) in rest.items() if is_chance({"accuracy": accuracy}, measured)]
+        if lost:
+            broken.append(f"{', '.join(lost)}: no better than chance, so that what is right under attack says nothing.")
         small["choices"] = _choices(whole | rest, matrix, {name: compression(model, cut(done)) for name, done in made.items()})
     step = {"method": row.name, "version": row.version, "args": chosen}
     result = Result(
@@ -183,8 +188,14 @@ def _strength(given: Mapping[str, Any]) -> float:
     return given.get("target", given.get("fraction", 0.0))
 
 
-def asked(row: Method, target: float | None, bits: int | None) -> dict[str, Any]:
-    """Return the settings that a target and a number of bits are, for this method."""
+def asked(
+    row: Method, target: float | None, bits: int | None, arguments: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return the settings that a target and a number of bits are, for this method.
+
+    Raises:
+        MethodError: The method has no such setting, or ``arguments`` say it, too.
+    """
     known = {parameter.name for parameter in parameters(row)}
     found: dict[str, Any] = {}
     if target is not None:
@@ -196,6 +207,10 @@ def asked(row: Method, target: float | None, bits: int | None) -> dict[str, Any]
         if "bits" not in known:
             raise MethodError(f"'{row.name}' does not round; use it first, then compress its result with 'quantisation'")
         found["bits"] = bits
+    for name in found.keys() & arguments.keys():
+        raise MethodError(
+            f"{name} is given twice, as {found[name]:g} and {arguments[name]}; give it once, as a flag or a setting"
+        )
     return found
 
 

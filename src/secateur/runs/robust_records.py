@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..measure.robustness import Rates, Robustness
 from ..measure.sanity import Check, Sanity
-from .evading import TRANSFER, Entry
+from .evading import Entry
 from .records import rate_of
 
 KEPT = 1000  # indices of images that a record keeps, of each list
@@ -89,8 +89,8 @@ def checks(checked: Sanity) -> list[dict[str, Any]]:
             "status": STATUS[check.status],
             **({"severity": SEVERITY[check.status]} if check.status in SEVERITY else {}),
             "why": check.message,
-            "means": check.means,
-            "remedy": check.remedy,
+            "means": check.means.replace("`", ""),
+            "remedy": check.remedy.replace("`", ""),
             "metrics": {"value": check.value} if check.value is not None and math.isfinite(check.value) else {},
             "images": list(check.where[:KEPT]),
             "seconds": 0.0,
@@ -108,15 +108,15 @@ def _finding(check: Check) -> dict[str, str]:
     shown = ", ".join(map(str, check.where[:10]))
     more = f" and {len(check.where) - 10:,} more" if len(check.where) > 10 else ""
     where = f"images {shown}{more}" if check.where else ""
-    severity = SEVERITY[check.status]
-    return {"rule": check.id, "severity": severity, "message": f"{check.name}: {check.message}; {check.means}", "where": where}
+    severity, means = SEVERITY[check.status], check.means.replace("`", "")
+    return {"rule": check.id, "severity": severity, "message": f"{check.name}: {check.message}; {means}", "where": where}
 
 
 def limitations(
     found: Robustness, checked: Sanity, entries: Sequence[Entry], surrogate: bool, train: bool, study: Mapping[str, Any] | None
 ) -> list[str]:
     """Return what the figure leaves open."""
-    tried = ", ".join(name for name in found.by_attack if name != TRANSFER)
+    tried = ", ".join(found.by_attack)
     missing = "" if any(entry.row and entry.row.name == "autoattack" for entry in entries) else "AutoAttack and "
     said = [
         "One seed: another seed gives other numbers.",
