@@ -13,6 +13,7 @@ ROOT = Path(secateur.__file__).parent
 ORDER = [
     *(
         "errors",
+        "binomial",
         "signatures",
         "recipe",
         "effects",

@@ -7,7 +7,9 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
+from secateur.binomial import tail, wilson_interval
 from secateur.errors import InconclusiveError
 from secateur.measure import paired_p, wilson
 
@@ -43,6 +45,15 @@ def test_wilson_by_formula_holds_its_rate_and_mirrors(n, data):
     assert rate.high == pytest.approx(high, abs=1e-9)
     assert 0 <= rate.low <= rate.value <= rate.high <= 1
     assert mirror.low == pytest.approx(1 - rate.high, abs=1e-9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5000), st.data())
+def test_both_are_those_of_scipy(n, data):
+    hits, p = data.draw(st.integers(0, n)), data.draw(st.floats(1e-3, 1 - 1e-3))
+    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(hits, n) == pytest.approx((interval.low, interval.high), abs=1e-12)
+    assert tail(hits, n, p) == pytest.approx(binomtest(hits, n, p, alternative="greater").pvalue, rel=1e-8, abs=1e-300)
 
 
 def test_none_and_all_right_are_still_uncertain():

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from ..binomial import wilson_interval
 from ..report.markdown import escape
 from ..report.wording import plain, signed
 from .choices import NONE
 from .nodes import COLUMNS
 from .plan import Plan
-from .stats import Block, Summary, wilson
+from .stats import Block, Summary
 from .tables import (
     ATTACK,
     REPAIRED,
@@ -259,7 +260,7 @@ def _flagged(rows: Iterable[Row], plan: Plan) -> Section:
 def _share_of(flagged: Sequence[bool]) -> str:
     if not flagged:
         return NOTHING
-    low, high = wilson(sum(flagged), len(flagged))
+    low, high = wilson_interval(sum(flagged), len(flagged))
     return f"{_pc(sum(flagged) / len(flagged))} [{_pc(low)}, {_pc(high)}] of {len(flagged)}"
 
 

@@ -89,14 +89,6 @@ def summary(values: Sequence[float]) -> Summary:
     return Summary(mean, sd, mean - half, mean + half, n)
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of ``hits / n``, ``n >= 1``: that of `secateur.measure`, which loads torch."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 def by_victim(values: Mapping[Block, float]) -> list[float]:
     """Return one value per victim: the mean over its repair seeds."""
     victims: dict[int, list[float]] = {}

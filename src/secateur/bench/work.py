@@ -26,7 +26,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory",
 HALF = 0.5
 # What nodes import. The last is what torch loads at the first convolution on the meta device: a second's work.
 PRELOAD = (
-    *("secateur.bench.stages", "secateur.poison", "secateur.repair", "scipy.stats"),
+    *("secateur.bench.stages", "secateur.poison", "secateur.repair"),
     "torch.fx.experimental.symbolic_shapes",
 )
 

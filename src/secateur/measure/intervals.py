@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from scipy.stats import binomtest
-
+from ..binomial import tail, wilson_interval
 from ..errors import InconclusiveError
 from ..types import Rate
 
@@ -18,8 +17,7 @@ def wilson(hits: int, n: int) -> Rate:
     """
     if n == 0:
         raise InconclusiveError("a rate needs at least one image, got 0")
-    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
-    return Rate(hits / n, float(interval.low), float(interval.high), n)
+    return Rate(hits / n, *wilson_interval(hits, n), n)
 
 
 def paired_p(lost: int, gained: int) -> float:
@@ -31,6 +29,4 @@ def paired_p(lost: int, gained: int) -> float:
 
     Source: McNemar, Psychometrika 12 (1947).
     """
-    if lost + gained == 0:
-        return 1.0
-    return float(binomtest(lost, lost + gained, alternative="greater").pvalue)
+    return tail(lost, lost + gained)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor, nn
 
 from .. import state
@@ -191,7 +190,9 @@ def mean_of(values: Tensor) -> Mean | None:
     if n < 2:
         return None
     value = float(values.double().mean())
-    half = float(student.ppf(0.975, n - 1)) * float(values.double().std()) / math.sqrt(n)
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(n - 1, 0.975)) * float(values.double().std()) / math.sqrt(n)
     return Mean(value, value - half, value + half, n)
 
 

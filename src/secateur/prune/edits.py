@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from scipy.stats import normaltest
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -158,6 +157,8 @@ def is_normal(values: Tensor, significance: float = 1e-5) -> bool:
     entries = values.detach().flatten().double().cpu()
     if len(entries) < TESTABLE or bool((entries == entries[0]).all()):
         return True
+    from scipy.stats import normaltest  # a second's work
+
     return not float(normaltest(entries.numpy()).pvalue) < significance
 
 

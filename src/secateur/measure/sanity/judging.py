@@ -8,9 +8,9 @@ do with one another (Bonferroni).
 from __future__ import annotations
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
+from ...binomial import tail
 from ...types import Rate
 from ..intervals import paired_p, wilson
 from .evidence import Evidence, Run
@@ -60,7 +60,7 @@ def standing(e: Evidence) -> Rate:
 
 def exceeds(hits: int, n: int, level: float) -> bool:
     """Return whether so many hits say that the rate is above a level."""
-    return hits > level * n and float(binomtest(hits, n, level, alternative="greater").pvalue) <= SIGNIFICANCE
+    return hits > level * n and tail(hits, n, level) <= SIGNIFICANCE
 
 
 def not_stronger(e: Evidence, weak: Run, strong: Run, *, margin: float = POINT) -> Verdict:
