@@ -76,7 +76,7 @@ def work(corpus: Corpus, mode: str) -> list[dict[str, Any]]:
     """Return what the worker told; it stops early when a file kills it."""
     command = [sys.executable, "-W", "always", str(WORKER), mode, str(corpus.folder), str(corpus.canary)]
     environment = {
-        "SECATEUR_CORPUS_EVERY": "16",
+        "SECATEUR_CORPUS_EVERY": "32",
         **os.environ,
         "PYTHONDONTWRITEBYTECODE": "1",
         "NO_COLOR": "1",
@@ -192,7 +192,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_files_in_processes_of_their_own(corpus, capsys):
-    """Every sixteenth file and the heavy ones; SECATEUR_CORPUS_EVERY=1 takes them all, in a quarter of an hour."""
+    """Every thirty-second file and the heavy ones; SECATEUR_CORPUS_EVERY=1 takes them all, in a quarter of an hour."""
     told = work(corpus, "apart")
     first, records = told[: 3 * len(VERBS)], told[3 * len(VERBS) :]
     outcomes = {(record["case"], record["verb"]): record for record in records}

@@ -27,6 +27,8 @@ from secateur.models import Classifier, load_bundle, save
 from secateur.types import ImageSet, Trigger
 
 DATA = os.environ.get("SECATEUR_TEST_DATA")
+EVERY = int(os.environ.get("SECATEUR_TEST_EVERY", "5"))  # images; 1 takes all, in five minutes
+COLUMN = {1: 0, 5: 1}[EVERY]
 pytestmark = pytest.mark.skipif(not DATA, reason="SECATEUR_TEST_DATA is not set")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -47,30 +49,30 @@ CHECKPOINTS = {
     "verazuo_badnet-CIFAR10.pth": ("badnet", HALF, (3, 32, 32), 10),
     "zlatasm_resnet20.pth": ("resnet20", CIFAR, (3, 32, 32), 10),
 }  # fmt: skip
-ACCURACY = {  # the column "measured" of the data's own README
-    "resnet20-12fca82f.th": 0.9173,
-    "nad_backdoored_WRN-16-1_grid_t5.pth.tar": 0.8480,
-    "zlatasm_resnet20.pth": 0.9292,
-    "resnet32-d509ac18.th": 0.9263,
-    "resnet56-4bfd9763.th": 0.9339,
-    "ibau_badnets_8_02_ckpt.pth": 0.8446,
-    "ibau_l0_inv_0_02_ckpt.pth": 0.8495,
-    "ibau_trojan_sq_2_02_ckpt.pth": 0.8461,
-    "nad_teacher_WRN-16-1.pth.tar": 0.8439,
-    "verazuo_badnet-CIFAR10.pth": 0.507,
+ACCURACY = {  # the column "measured" of the data's own README; the same of every fifth image, once all had been found so
+    "resnet20-12fca82f.th": (0.9173, 0.923),
+    "nad_backdoored_WRN-16-1_grid_t5.pth.tar": (0.8480, 0.854),
+    "zlatasm_resnet20.pth": (0.9292, 0.943),
+    "resnet32-d509ac18.th": (0.9263, 0.9345),
+    "resnet56-4bfd9763.th": (0.9339, 0.941),
+    "ibau_badnets_8_02_ckpt.pth": (0.8446, 0.85),
+    "ibau_l0_inv_0_02_ckpt.pth": (0.8495, 0.8495),
+    "ibau_trojan_sq_2_02_ckpt.pth": (0.8461, 0.8435),
+    "nad_teacher_WRN-16-1.pth.tar": (0.8439, 0.8485),
+    "verazuo_badnet-CIFAR10.pth": (0.507, 0.498),
 }
 ATTACK_SUCCESS = {  # likewise, with the repository's own trigger
-    "ibau_badnets_8_02_ckpt.pth": 0.977,
-    "ibau_l0_inv_0_02_ckpt.pth": 1.0,
-    "ibau_trojan_sq_2_02_ckpt.pth": 0.996,
-    "nad_backdoored_WRN-16-1_grid_t5.pth.tar": 1.0,
-    "nad_teacher_WRN-16-1.pth.tar": 0.028,
-    "nad_erased_WRN-16-1.pth.tar": 0.0424,
-    "verazuo_badnet-CIFAR10.pth": 0.961,
+    "ibau_badnets_8_02_ckpt.pth": (0.977, 0.9839),
+    "ibau_l0_inv_0_02_ckpt.pth": (1.0, 1.0),
+    "ibau_trojan_sq_2_02_ckpt.pth": (0.996, 0.9956),
+    "nad_backdoored_WRN-16-1_grid_t5.pth.tar": (1.0, 1.0),
+    "nad_teacher_WRN-16-1.pth.tar": (0.028, 0.0194),
+    "nad_erased_WRN-16-1.pth.tar": (0.0424, 0.04),
+    "verazuo_badnet-CIFAR10.pth": (0.961, 0.9744),
 }
-IMAGENET_ACCURACY = {  # ours, then the README's: 1000 JPEGs, of which another encoding changes 3 % of the answers
-    "biubug6_mobilenetV1x0.25_imagenet.pth.tar": (0.511, 0.504),
-    "squeezenet1_0_deepcompression_torchvision.pth": (0.609, 0.619),
+IMAGENET_ACCURACY = {  # ours, that of every fifth image, then the README's: 1000 JPEGs, of which another encoding changes 3 % of the answers
+    "biubug6_mobilenetV1x0.25_imagenet.pth.tar": (0.511, 0.555, 0.504),
+    "squeezenet1_0_deepcompression_torchvision.pth": (0.609, 0.645, 0.619),
 }
 QUICK = {"verazuo_badnet-CIFAR10.pth"}
 
@@ -147,13 +149,14 @@ def slowly(files: Iterable[str]) -> list[Any]:
 
 @pytest.mark.parametrize("file", slowly({**ACCURACY, **ATTACK_SUCCESS}))
 def test_converted_networks_do_what_was_measured(file, cifar10, tmp_path):
+    few = cifar10.subset(torch.arange(0, len(cifar10), EVERY))
     model = converted(file, tmp_path).to(memory_format=torch.channels_last)
-    rates = evaluate(model, cifar10, trigger=trigger(file) if file in ATTACK_SUCCESS else None)
+    rates = evaluate(model, few, trigger=trigger(file) if file in ATTACK_SUCCESS else None)
     if file in ACCURACY:
-        assert rates.accuracy.value == pytest.approx(ACCURACY[file], abs=0.003)
+        assert rates.accuracy.value == pytest.approx(ACCURACY[file][COLUMN], abs=0.003)
     if file in ATTACK_SUCCESS:
         assert rates.attack_success is not None
-        assert rates.attack_success.value == pytest.approx(ATTACK_SUCCESS[file], abs=0.003)
+        assert rates.attack_success.value == pytest.approx(ATTACK_SUCCESS[file][COLUMN], abs=0.003)
 
 
 @pytest.mark.slow
@@ -167,8 +170,8 @@ def test_an_erased_network_outside_its_target(cifar10, tmp_path):
 @pytest.mark.parametrize("file", IMAGENET_ACCURACY)
 def test_converted_networks_of_imagenet(file, tmp_path):
     images = load_data(str(Path(DATA or "") / "imagenet-sample"))
-    rates = evaluate(converted(file, tmp_path), images)
-    assert rates.accuracy.value == pytest.approx(IMAGENET_ACCURACY[file][0], abs=0.003)
+    rates = evaluate(converted(file, tmp_path), images.subset(torch.arange(0, len(images), EVERY)))
+    assert rates.accuracy.value == pytest.approx(IMAGENET_ACCURACY[file][COLUMN], abs=0.003)
 
 
 @pytest.mark.parametrize("file", CHECKPOINTS)
