@@ -70,7 +70,8 @@ ATTACK_SUCCESS = {  # likewise, with the repository's own trigger
     "nad_erased_WRN-16-1.pth.tar": (0.0424, 0.04),
     "verazuo_badnet-CIFAR10.pth": (0.961, 0.9744),
 }
-IMAGENET_ACCURACY = {  # ours, that of every fifth image, then the README's: 1000 JPEGs, of which another encoding changes 3 % of the answers
+# Ours, that of every fifth image, then the README's: 1000 JPEGs, of which another encoding changes 3 % of the answers.
+IMAGENET_ACCURACY = {
     "biubug6_mobilenetV1x0.25_imagenet.pth.tar": (0.511, 0.555, 0.504),
     "squeezenet1_0_deepcompression_torchvision.pth": (0.609, 0.645, 0.619),
 }
