@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from secateur import methods
+from secateur.compress import quantise
 from secateur.data import load_trigger, save_trigger
+from secateur.errors import MethodError, ModelError
 from secateur.measure import evaluate
+from secateur.models import load_bundle, quantisation_of, save
 from secateur.poison import train_victim
 from secateur.recipe import Recipe
 from secateur.state import generator
@@ -112,6 +115,21 @@ def test_a_repair_returns_a_new_working_network(row, trained, images):
     assert bool(answers.isfinite().all())
     shared = {p.data_ptr() for p in repaired.model.parameters()} & {p.data_ptr() for p in trained.parameters()}
     assert not shared
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in ROWS if r.kind in ("repair", "compressor")], ids=lambda row: f"{row.kind}-{row.name}"
+)
+def test_a_quantised_network_is_refused_or_can_be_saved_afterwards(row, trained, images, tmp_path):
+    """What trains or scales weights takes them off their grid, which would be noticed only when the result is written."""
+    rounded = quantise(trained, images)
+    try:
+        done = run(row, rounded, images)
+    except (MethodError, ModelError) as refused:
+        assert "quantised already" in str(refused)
+        return
+    save(done.model, tmp_path / "net")
+    assert quantisation_of(load_bundle(tmp_path / "net")) is not None
 
 
 @pytest.mark.parametrize(

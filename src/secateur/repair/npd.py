@@ -18,7 +18,7 @@ from ..data import count_steps, passes
 from ..errors import MethodError, check_range, unknown
 from ..models import core
 from ..models.channels import trace_channels
-from ..train import OnStep
+from ..train import OnStep, check_trainable
 from ..types import ImageSet, Repaired
 from .student import check_loss
 
@@ -66,7 +66,7 @@ def npd(
 
     Raises:
         DataError: There are no clean images.
-        MethodError: An argument is out of range, or there is no such layer.
+        MethodError: An argument is out of range, or there is no such layer; or see `train.check_trainable`.
         ModelError: The network cannot be traced, or training diverged.
 
     Differs from the authors' code in that the filter has no batch-norm, and so no warm-up for its statistics: a scale is part
@@ -74,6 +74,7 @@ def npd(
     found by following the data; there it is a name in one network.
     """
     _check(epochs=epochs, lr=lr, eps=eps, steps=steps, adversarial=adversarial, batch_size=batch_size)
+    check_trainable(model)
     plugged = Polarizer(model, clean.shape, layer)
     optimizer = torch.optim.SGD([plugged.matrix], lr=lr, momentum=0.9, weight_decay=5e-4)
     total = epochs * count_steps(len(clean), batch_size)

@@ -149,10 +149,11 @@ def compress(
     if others:
         whole = {BEFORE: (before["accuracy"], small["encoded_bytes"][0]), AFTER: (after["accuracy"], small["encoded_bytes"][1])}
         rest = {name: (_share(correct(networks[name], measured)), len(encode(networks[name]))) for name in others}
-        lost = [name for name, (accuracy, _) in rest.items() if is_chance({"accuracy": accuracy}, measured)]
+        reached = {name: compression(model, cut(done)) for name, done in made.items()}
+        lost = [f"{reached[name]:.3g}x" for name, (accuracy, _) in rest.items() if is_chance({"accuracy": accuracy}, measured)]
         if lost:
             broken.append(f"{', '.join(lost)}: no better than chance, so that what is right under attack says nothing.")
-        small["choices"] = _choices(whole | rest, matrix, {name: compression(model, cut(done)) for name, done in made.items()})
+        small["choices"] = _choices(whole | rest, matrix, reached)
     step = {"method": row.name, "version": row.version, "args": chosen}
     result = Result(
         kind="compress",
