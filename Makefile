@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 # One thread per process: on a busy machine two are slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install install-dev demo test test-slow check format docs build clean
+.PHONY: help install install-dev demo test coverage test-slow check format docs build clean
 
 help:
 	@echo "make demo       train a backdoored network, cut the backdoor out, prove it (about a minute)"
 	@echo "make test       the test suite          make test-slow  fuzzing, real checkpoints, browser"
+	@echo "make coverage   the same, with the lines and branches it leaves out"
 	@echo "make check      format, lint, types, spelling, docs"
 	@echo "make install    set up .venv only       make format     let ruff tidy the code"
 
@@ -36,6 +37,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m slipcover --branch --source src/secateur --skip-covered --missing-width 60 --fail-under 90 \
+		-m pytest $(TEST_ARGS)
+
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
 
@@ -57,4 +62,4 @@ build: $(VENV)/.installed-dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
