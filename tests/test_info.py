@@ -146,6 +146,17 @@ def test_sarif(folder, capsys, name):
     assert len(found["results"]) == len(inspect(folder / name, match=False).findings)
 
 
+def test_very_many_steps_are_cut_short(trained, tmp_path, capsys):
+    save(trained, tmp_path / "long", steps=[{"method": f"m{i}", "version": 1, "args": {"a": "x" * 500}} for i in range(30)])
+    run(["info", str(tmp_path / "long")])
+    told = capsys.readouterr().out
+    assert told.count("  step  ") == 13
+    assert "... and 18 more (--all)" in told
+    assert max(map(len, told.splitlines())) < 300
+    run(["info", str(tmp_path / "long"), "--all"])
+    assert capsys.readouterr().out.count("  step  ") == 30
+
+
 def test_edits_of_feature_maps_are_told(trained, tmp_path, capsys):
     edits = [
         {"after": "bn1", "kind": "round", "decimals": 2},

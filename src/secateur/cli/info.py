@@ -94,7 +94,7 @@ def _lines(found: Inspection, all: bool) -> Iterator[str]:
     for key, value in list(found.facts.items())[: None if all else FACTS]:
         if key not in BUNDLE or found.format != "bundle":
             yield f"  {_text(key)[:11]:<11} {_text(str(value))}"
-    yield from _bundle(found) if found.format == "bundle" else ()
+    yield from _bundle(found, all) if found.format == "bundle" else ()
     if wrappers := [_wrapper(wrapper) for wrapper in _wrappers(found)]:
         shown = wrappers if all else wrappers[:FACTS]
         left = len(wrappers) - len(shown)
@@ -125,11 +125,14 @@ def _network(architecture: Any) -> str:
     return f"{_text(architecture['name'])}({_text(arguments)})"
 
 
-def _bundle(found: Inspection) -> Iterator[str]:
+def _bundle(found: Inspection, all: bool) -> Iterator[str]:
     """Return what was done to the network of a bundle, and what it came from."""
-    for step in found.facts.get("steps", ()):
+    steps = found.facts.get("steps", ())
+    for step in steps if all else steps[:FACTS]:
         arguments = ", ".join(f"{name}={value}" for name, value in step["args"].items())
         yield f"  step        {_text(step['method'])} {step['version']} ({_text(arguments)})"
+    if left := 0 if all else len(steps[FACTS:]):
+        yield f"  step        ... and {left} more (--all)"
     if bits := found.facts.get("bits"):
         yield f"  quantised   weights to {bits['weight']} bit, feature maps to {bits['activation']} bit"
     if found.facts.get("masks"):
