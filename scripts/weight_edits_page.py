@@ -170,7 +170,7 @@ def draw_stages(found: Mapping[str, Sequence[Line]], path: Path) -> None:
         axes.set_xticks(range(len(stages)), stages, fontsize=6, rotation=60 if len(stages) > 6 else 0)
         axes.tick_params(axis="y", labelsize=7)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.34))
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     places[0][0].set_ylabel("relative shift of feature maps (L2)", fontsize=7)
