@@ -32,7 +32,7 @@ FAMILIES = (
     *("calls", "opcode", "hidden", "zip", "tensor", "bomb", "safetensors", "onnx", "program", "format", "special", "name"),
     *("print", "bundle", "hub", "unlisted", "torch", "good"),
 )
-MAX_SECONDS = 3.0  # of the processor, above what a tiny good file takes: to wait for other work does not count
+MAX_SECONDS = 5.0  # of the processor, above what the verb takes anyway: other work on the machine does not count
 MAX_WAIT = 60.0
 MAX_MEMORY = 10**9
 DATA = os.environ.get("SECATEUR_TEST_DATA")
@@ -76,7 +76,7 @@ def work(corpus: Corpus, mode: str) -> list[dict[str, Any]]:
     """Return what the worker told; it stops early when a file kills it."""
     command = [sys.executable, "-W", "always", str(WORKER), mode, str(corpus.folder), str(corpus.canary)]
     environment = {
-        "SECATEUR_CORPUS_EVERY": "32",
+        "SECATEUR_CORPUS_EVERY": "16",
         **os.environ,
         "PYTHONDONTWRITEBYTECODE": "1",
         "NO_COLOR": "1",
@@ -192,13 +192,13 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_files_in_processes_of_their_own(corpus, capsys):
-    """Every thirty-second file and the heavy ones; SECATEUR_CORPUS_EVERY=1 takes them all, in a quarter of an hour."""
+    """Every sixteenth file and the heavy ones; SECATEUR_CORPUS_EVERY=1 takes them all, in a quarter of an hour."""
     told = work(corpus, "apart")
     first, records = told[: 3 * len(VERBS)], told[3 * len(VERBS) :]
     outcomes = {(record["case"], record["verb"]): record for record in records}
     wrong = [line for verb in VERBS for line in complaints(list(corpus.cases.values()), verb, outcomes)]
-    used = base_of(first)
-    extra = {(r["case"], r["verb"]): r["seconds"] - used[r["verb"]] for r in records}
+    used = base_of(first), base_of([record for record in records if record["code"] not in (0, 1)])
+    extra = {(r["case"], r["verb"]): r["seconds"] - used[r["code"] not in (0, 1)][r["verb"]] for r in records}
     wrong += [f"{verb} {case!a} takes {took:.1f} s more" for (case, verb), took in extra.items() if took > MAX_SECONDS]
     wrong += [f"{r['verb']} {r['case']!a} takes {r['waited']:.0f} s" for r in records if r["waited"] > MAX_WAIT]
     wrong += [f"{r['verb']} {r['case']!a} takes {r['peak'] / 1e6:.0f} MB" for r in records if r["peak"] > MAX_MEMORY]
@@ -214,21 +214,21 @@ def base_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def summary(
     records: Sequence[Mapping[str, Any]],
-    used: Mapping[str, float],
+    used: tuple[Mapping[str, float], Mapping[str, float]],
     extra: Mapping[tuple[str, str], float],
 ) -> str:
     """Return a table of the slowest and the largest.
 
-    Seconds are of the processor: those of a tiny good file, and what others took above these.
+    Seconds are of the processor: those of a tiny good file, of the quickest refusal, and what other files took above these.
     """
-    lines = [f"{'verb':8} {'files':>5} {'good s':>6} {'median':>6} {'max':>6} {'max MB':>6}  slowest, largest"]
+    lines = [f"{'verb':8} {'files':>5} {'good s':>6} {'bad s':>6} {'+ median':>8} {'+ max':>6} {'max MB':>6}  slowest, largest"]
     for verb in VERBS:
         mine = [record for record in records if record["verb"] == verb]
         slow = max(mine, key=lambda record: extra[record["case"], verb])
         large = max(mine, key=lambda record: record["peak"])
         middle = statistics.median(extra[record["case"], verb] for record in mine)
         lines.append(
-            f"{verb:8} {len(mine):5} {used[verb]:6.2f} {middle:+6.2f} {extra[slow['case'], verb]:+6.2f} "
+            f"{verb:8} {len(mine):5} {used[0][verb]:6.2f} {used[1][verb]:6.2f} {middle:8.2f} {extra[slow['case'], verb]:6.2f} "
             f"{large['peak'] / 1e6:6.0f}  {slow['case']!a}, {large['case']!a}"
         )
     return "\n".join(lines) + "\n"

@@ -12,8 +12,8 @@ from .files import run_folder
 from .options import Flag, ModelFlags, Output, RunFlags, Settings, Targets, assignments, budget, fresh
 from .repair import check_gates, gates, show, write
 
-NO_MODEL_FLAGS = ModelFlags()
 ONNX = "model-int8.onnx"
+NO_MODEL_FLAGS = ModelFlags()
 NO_RUN_FLAGS = RunFlags()
 
 
@@ -100,6 +100,7 @@ def compress(
     home = folder or run_folder("compress", sys.argv[1:])
     bundle = home if folder else home / "model"
     write(run, home, bundle, ancestor=run.result.inputs[0]["sha256"], earlier=reading.facts.get("steps", ()))
+    (home / ONNX).unlink(missing_ok=True)  # of a run that is overwritten
     if "agreement" in run.result.details["compression"].get("runtime", {}):
         from ..compress import export_onnx
 

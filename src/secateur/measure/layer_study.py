@@ -189,9 +189,9 @@ def mean_of(values: Tensor) -> Mean | None:
     n = len(values)
     if n < 2:
         return None
-    value = float(values.double().mean())
     from scipy.special import stdtrit
 
+    value = float(values.double().mean())
     half = float(stdtrit(n - 1, 0.975)) * float(values.double().std()) / math.sqrt(n)
     return Mean(value, value - half, value + half, n)
 

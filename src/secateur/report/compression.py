@@ -35,7 +35,7 @@ def sections(found: Record | None) -> tuple[Section, ...]:
         lines.append(f"No integer file: {plain(runtime['why'])}.")
     elif runtime is not None:
         size = Cell(human(runtime["bytes"], "B"), "", runtime["bytes"])
-        rows.append((text_cell("8-bit ONNX file, model-int8.onnx"), Cell(""), size))
+        rows.append((text_cell("8-bit ONNX file"), Cell(""), size))
         lines += [
             f"ONNX Runtime gives the answer of the network here on {rate(runtime['agreement'])} of the images; "
             f"accuracy there {rate(runtime['accuracy'])}.",

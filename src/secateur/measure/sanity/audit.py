@@ -93,7 +93,7 @@ def sanity(
     evidence = gather(
         model, data.subset(rows), rows, settings, attacks=attacks, surrogate=surrogate, train=train, on_step=on_step
     )
-    evidence = replace(evidence, measured=measured.outcomes if measured else None)
+    evidence = replace(evidence, measured=None if measured is None else measured.outcomes)
     checks = tuple(rule.check(evidence) for rule in RULES)
     return Sanity(
         checks=checks,
